@@ -1,0 +1,88 @@
+"""`PromptedSparseConfig`: everything needed to rebuild a `PromptedSparseModel`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+STATES = ("dense", "search", "frozen")
+
+
+class PromptedSparseConfig(PreTrainedConfig):
+    """Configuration of a [`PromptedSparseModel`], with the backbone's own configuration nested in it.
+
+    Args:
+        backbone_config (`PreTrainedConfig` or `dict`):
+            Configuration of the image classifier that is pruned.
+        state (`str`, defaults to `"dense"`):
+            `"dense"`: plain weights. `"search"`: every prunable weight carries learnable scores and a mask.
+            `"frozen"`: the masks are fixed and the zeros are written into the weights.
+        sparsity (`float`, defaults to `0.9`):
+            Fraction of the prunable weights that are zero, in [0, 1).
+        scope (`str`, defaults to `"global"`):
+            What is ranked together: `"global"`, `"layer"` or `"erk"` (see [`masking.select_masks`]).
+        ignore_modules (`list[str]`):
+            Names of backbone modules that are never pruned.
+        head_parameters (`list[str]`):
+            Names of the backbone parameters whose shape follows the number of labels.
+        new_head (`bool`, defaults to `False`):
+            Whether the head was created for this task. A new head is never pruned.
+        prompt (`str`, *optional*):
+            Name of the visual prompt, or None.
+        prompt_size (`int`, defaults to `16`):
+            Width of the prompt in pixels of the model's input.
+        prompt_inner_size (`list[int]`, *optional*):
+            (height, width) to which a prompted image is shrunk and centred on black before the prompt is added.
+            None: the prompt overlays the full-size image, as in the released code at its default size.
+        image_size (`list[int]`, *optional*): (height, width) of the model's input, in pixels.
+        image_mean, image_std (`list[float]`, *optional*): normalisation of the model's input, one value a channel.
+        use_prompt (`bool`, defaults to `False`): whether `forward` adds the prompt when the call does not say.
+        label_mapping (`str`, *optional*): how source classes were mapped to target classes, or None.
+        mapped_labels (`list[int]`, *optional*): source class of each target class, once the mapping is known.
+        keep_source_head (`bool`, defaults to `False`): keep all source classes in the head and read the mapped ones.
+        kwargs: fields of `PreTrainedConfig` (`id2label`, `num_labels`, ...).
+
+    Raises:
+        ValueError: an unknown `state` or backbone type.
+    """
+
+    model_type = "prompted_sparse"
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012
+
+    backbone_config: PreTrainedConfig | dict[str, Any] | None = None
+    state: str = "dense"
+    sparsity: float = 0.9
+    scope: str = "global"
+    ignore_modules: list[str] | tuple[str, ...] = ()
+    head_parameters: list[str] | tuple[str, ...] = ()
+    new_head: bool = False
+    prompt: str | None = None
+    prompt_size: int = 16
+    prompt_inner_size: list[int] | tuple[int, ...] | None = None
+    image_size: list[int] | tuple[int, ...] | None = None
+    image_mean: list[float] | tuple[float, ...] | None = None
+    image_std: list[float] | tuple[float, ...] | None = None
+    use_prompt: bool = False
+    label_mapping: str | None = None
+    mapped_labels: list[int] | None = None
+    keep_source_head: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.state not in STATES:
+            raise ValueError(f"`state` is {self.state!r}; expected one of {', '.join(STATES)}.")
+        if isinstance(self.backbone_config, dict):
+            self.backbone_config = _rebuild(self.backbone_config)
+        super().__post_init__(**kwargs)
+
+
+def _rebuild(config: dict[str, Any]) -> PreTrainedConfig:
+    # `AutoConfig.for_model(**config)` loses the label count of TimmWrapperConfig; only `from_dict` keeps it.
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"The backbone has model type {model_type!r}, which this version of transformers does not know; "
+            "install the version that the model was saved with."
+        )
+    return CONFIG_MAPPING[model_type].from_dict(config)

@@ -1,0 +1,68 @@
+"""Label mapping: which source class of a pretrained head stands for which target class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def _frequency(counts: Tensor) -> Tensor:
+    """Greedy one-to-one matching: the most frequent (source, target) pair first; ties go to the lower flat index."""
+    counts = counts.clone()
+    mapping = torch.full((counts.shape[1],), -1)
+    for _ in range(counts.shape[1]):
+        source, target = divmod(int(counts.argmax()), counts.shape[1])
+        mapping[target] = source
+        counts[source, :] = -1
+        counts[:, target] = -1
+    return mapping
+
+
+LABEL_MAPPINGS: dict[str, Callable[[Tensor], Tensor]] = {"frequency": _frequency}
+
+
+def map_labels(counts: Tensor, method: str = "frequency") -> Tensor:
+    """Choose a source class for every target class.
+
+    Args:
+        counts: integer tensor [source, target]: how often the pretrained model predicted that source class on images of
+            that target class.
+        method: `"frequency"`, the greedy one-to-one matching of the most frequent pairs (FLM; Chen et al., arXiv 2211.11635).
+
+    Returns:
+        LongTensor of one distinct source class per target class.
+
+    Raises:
+        ValueError: an unknown method, or fewer source than target classes.
+    """
+    if method not in LABEL_MAPPINGS:
+        raise ValueError(f"`label_mapping` is {method!r}; expected None or one of {', '.join(LABEL_MAPPINGS)}.")
+    if counts.shape[0] < counts.shape[1]:
+        raise ValueError(
+            f"A one-to-one label mapping needs at least as many source as target classes; there are {counts.shape[0]} and "
+            f"{counts.shape[1]}. Use a new head instead (`label_mapping=None`)."
+        )
+    return LABEL_MAPPINGS[method](counts)
+
+
+@torch.no_grad()
+def count_predictions(model: nn.Module, batches: Iterable[dict[str, Tensor]], num_source: int, num_target: int) -> Tensor:
+    """How often the model predicts each source class on the images of each target class.
+
+    Args:
+        model: takes `pixel_values` and returns an output with `logits` [n, num_source]; its mode is left as it was.
+        batches: dictionaries with `pixel_values` and integer `labels`.
+
+    Returns:
+        LongTensor [num_source, num_target].
+    """
+    counts = torch.zeros(num_source, num_target, dtype=torch.long)
+    training = model.training
+    model.eval()
+    for batch in batches:
+        predicted = model(pixel_values=batch["pixel_values"]).logits.argmax(-1).cpu()
+        counts.index_put_((predicted, batch["labels"].cpu()), torch.ones(len(predicted), dtype=torch.long), accumulate=True)
+    model.train(training)
+    return counts

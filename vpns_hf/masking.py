@@ -1,0 +1,299 @@
+"""Masks over weights: find the prunable ones, attach scores, select exactly k, freeze, fold.
+
+A backbone is in one of three states. *Dense*: plain weights. *Search*: each prunable weight is parametrized by
+`MaskedWeight`, which holds learnable scores and the mask. *Frozen*: weights are plain again with the zeros written in,
+each beside a bool buffer `<name>_mask`, and their gradients are masked. This is the only module that knows
+`torch.nn.utils.parametrize`. Everywhere a weight is known by the name it has in the dense backbone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+MASK_SUFFIX = "_mask"
+
+
+class Slot(NamedTuple):
+    """Where a prunable weight lives: `getattr(module, tensor_name)`."""
+
+    module: nn.Module
+    tensor_name: str
+
+
+# Selection ------------------------------------------------------------------------------------------------------------
+
+
+def kept_count(total: int, sparsity: float) -> int:
+    """Number of weights kept out of `total`: `round((1 - sparsity) * total)`, half to even.
+
+    Raises:
+        ValueError: `sparsity` is not in [0, 1].
+    """
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"`sparsity` is {sparsity}; expected a fraction in [0, 1), such as 0.9 for 90 %.")
+    return round((1 - sparsity) * total)
+
+
+def erk_densities(shapes: Mapping[str, torch.Size], sparsity: float) -> dict[str, float]:
+    """Erdos-Renyi-kernel density of each tensor (RigL, arXiv 1911.11134): proportional to `sum(shape) / prod(shape)`.
+
+    Tensors that would need a density above 1 are made dense, the largest ratio first, and the rest is rescaled so that
+    the total stays `(1 - sparsity) * N`.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    ratios = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
+    budget, dense = (1 - sparsity) * sum(sizes.values()), set[str]()
+    while len(dense) < len(sizes):
+        rest = [name for name in sizes if name not in dense]
+        scale = (budget - sum(sizes[name] for name in dense)) / sum(ratios[name] * sizes[name] for name in rest)
+        largest = max(ratios[name] for name in rest)
+        if scale * largest <= 1:
+            return {name: 1.0 if name in dense else scale * ratios[name] for name in sizes}
+        dense |= {name for name in rest if ratios[name] == largest}
+    return dict.fromkeys(sizes, 1.0)
+
+
+def _layer_counts(shapes: Mapping[str, torch.Size], sparsity: float) -> dict[str, int]:
+    return {name: kept_count(math.prod(shape), sparsity) for name, shape in shapes.items()}
+
+
+def _erk_counts(shapes: Mapping[str, torch.Size], sparsity: float) -> dict[str, int]:
+    ideal = {name: density * math.prod(shapes[name]) for name, density in erk_densities(shapes, sparsity).items()}
+    counts = {name: math.floor(value) for name, value in ideal.items()}
+    missing = kept_count(sum(math.prod(shape) for shape in shapes.values()), sparsity) - sum(counts.values())
+    by_remainder = sorted(ideal, key=lambda name: counts[name] - ideal[name])
+    return counts | {name: counts[name] + 1 for name in by_remainder[:missing]}
+
+
+_COUNTS = {"layer": _layer_counts, "erk": _erk_counts}
+SCOPES = ("global", *_COUNTS)
+
+
+def _keep_largest(values: Tensor, count: int) -> Tensor:
+    """Bool tensor that is True at exactly `count` largest entries of a vector; ties go to the lower index."""
+    if values.isnan().any():
+        raise ValueError("Scores contain NaN, so no mask can be selected; lower the learning rate of the scores.")
+    if count == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    threshold = values.kthvalue(values.numel() - count + 1).values
+    mask = values > threshold
+    ties = (values == threshold).nonzero().squeeze(1)
+    mask[ties[: count - int(mask.sum())]] = True
+    return mask
+
+
+@torch.no_grad()
+def select_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str = "global") -> dict[str, Tensor]:
+    """Keep exactly the largest scores.
+
+    Args:
+        scores: one tensor of any shape, dtype and memory format per weight; larger = keep (no absolute value is taken).
+        sparsity: fraction to remove, in [0, 1]; `round((1 - sparsity) * N)` weights are kept.
+        scope: `"global"` ranks all tensors together; `"layer"` keeps that count in each tensor; `"erk"` keeps the global
+            count, spread over tensors by [`erk_densities`] and rounded by largest remainder.
+
+    Returns:
+        One contiguous bool tensor per score, True where the weight is kept. Ties are broken by the order of the dictionary,
+        then by row-major index.
+
+    Raises:
+        ValueError: sparsity outside [0, 1], unknown scope, no scores, or NaN among them.
+    """
+    if not scores:
+        raise ValueError("No scores were given, so there is nothing to select.")
+    if scope not in SCOPES:
+        raise ValueError(f"`scope` is {scope!r}; expected one of {', '.join(SCOPES)}.")
+    if scope != "global":
+        counts = _COUNTS[scope]({name: score.shape for name, score in scores.items()}, sparsity)
+        return {
+            name: _keep_largest(score.reshape(-1), counts[name]).view(score.shape) for name, score in scores.items()
+        }
+    flat = torch.cat([score.reshape(-1) for score in scores.values()])
+    parts = _keep_largest(flat, kept_count(flat.numel(), sparsity)).split([score.numel() for score in scores.values()])
+    return {name: part.view(score.shape).clone() for (name, score), part in zip(scores.items(), parts, strict=True)}
+
+
+# Prunable weights -----------------------------------------------------------------------------------------------------
+
+_MULTIHEAD_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def _weight_names(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+        return ("weight",)
+    if isinstance(module, nn.MultiheadAttention):
+        # The projection of queries, keys and values is a bare parameter here, a linear layer everywhere else.
+        return tuple(name for name in _MULTIHEAD_WEIGHTS if getattr(module, name) is not None)
+    return ()
+
+
+def prunable_slots(backbone: nn.Module, ignore_modules: Iterable[str] = (), skip: Iterable[str] = ()) -> dict[str, Slot]:
+    """Weights of linear and convolution layers (never biases, norms, tokens or position embeddings), in module order.
+
+    Args:
+        backbone: a model in any state.
+        ignore_modules: module names, whole (`"vit.layers.0.mlp"`) or their end (`"patch_embed.proj"`), left out with all
+            below them.
+        skip: weight names to leave out.
+
+    Raises:
+        ValueError: an entry of `ignore_modules` names no module, or two modules share one prunable weight.
+    """
+    modules = {name: module for name, module in backbone.named_modules() if "parametrizations" not in name.split(".")}
+    ignored = {name for entry in ignore_modules for name in _matching_modules(entry, modules)}
+    slots, owners = {}, dict[int, str]()
+    for name, module in modules.items():
+        if any(name == entry or name.startswith(f"{entry}.") for entry in ignored):
+            continue
+        for tensor_name in _weight_names(module):
+            full_name, slot = f"{name}.{tensor_name}".lstrip("."), Slot(module, tensor_name)
+            if full_name in set(skip):
+                continue
+            if (owner := owners.setdefault(id(stored_weight(slot)), full_name)) != full_name:
+                raise ValueError(f"{owner} and {full_name} share one weight, which cannot be masked twice; list one in `ignore_modules`.")
+            slots[full_name] = slot
+    return slots
+
+
+def _matching_modules(entry: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    found = [name for name in modules if name and (name == entry or name.endswith(f".{entry}"))]
+    if not found:
+        raise ValueError(f"`ignore_modules` names {entry!r}, which is no module of the backbone, such as {max(modules, key=len)!r}.")
+    return found
+
+
+def stored_weight(slot: Slot) -> Tensor:
+    """The parameter that stores the weight itself, whether or not it is parametrized."""
+    if parametrize.is_parametrized(slot.module, slot.tensor_name):
+        return slot.module.parametrizations[slot.tensor_name].original
+    return slot.module.get_parameter(slot.tensor_name)
+
+
+# Search state ---------------------------------------------------------------------------------------------------------
+
+
+class _StraightThroughMask(torch.autograd.Function):
+    """Forward `weight * mask`; backward as if the mask were |scores|: dL/dscores = weight * dL/dmasked * sign(scores)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scores, mask)
+        return torch.where(mask, weight, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        weight, scores, mask = ctx.saved_tensors
+        weight_grad = torch.where(mask, grad, 0) if ctx.needs_input_grad[0] else None
+        score_grad = (grad * weight).to(scores.dtype) * scores.sign() if ctx.needs_input_grad[1] else None
+        return weight_grad, score_grad, None
+
+
+class MaskedWeight(nn.Module):
+    """Parametrization of one weight by a mask, with the scores that the mask is selected from.
+
+    Args:
+        scores: float32 tensor of the weight's shape; becomes a parameter.
+    """
+
+    def __init__(self, scores: Tensor):
+        super().__init__()
+        self.scores = nn.Parameter(scores)
+        self.mask: Tensor
+        self.register_buffer("mask", torch.ones_like(scores, dtype=torch.bool))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight with zeros where the mask is False."""
+        return _StraightThroughMask.apply(weight, self.scores, self.mask)
+
+
+def initial_scores(weight: Tensor) -> Tensor:
+    """HYDRA's scaled initialisation (arXiv 2002.10509), `sqrt(6 / fan_in) * weight / max|weight|`, in float32.
+
+    Args:
+        weight: [out, in, ...]; fan_in is the product of all but the first dimension.
+    """
+    weight = weight.detach().float()
+    fan_in = math.prod(weight.shape[1:])
+    return math.sqrt(6 / fan_in) * weight / weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def attach_scores(slots: Mapping[str, Slot]) -> None:
+    """Dense to search: parametrize every weight with [`MaskedWeight`], all weights kept until a mask is selected."""
+    for slot in slots.values():
+        masked = MaskedWeight(initial_scores(stored_weight(slot)))
+        parametrize.register_parametrization(slot.module, slot.tensor_name, masked, unsafe=True)
+
+
+def detach_scores(slots: Mapping[str, Slot]) -> None:
+    """Search to dense: drop scores and masks and restore the weights as they are stored."""
+    for slot in slots.values():
+        parametrize.remove_parametrizations(slot.module, slot.tensor_name, leave_parametrized=False)
+
+
+def masked_weights(slots: Mapping[str, Slot]) -> dict[str, MaskedWeight]:
+    """The parametrization of each weight, by weight name; search state only."""
+    return {name: slot.module.parametrizations[slot.tensor_name][0] for name, slot in slots.items()}
+
+
+@torch.no_grad()
+def update_masks(slots: Mapping[str, Slot], sparsity: float, scope: str) -> int:
+    """Select the masks anew from |scores| and return how many entries changed."""
+    masked = masked_weights(slots)
+    selected = select_masks({name: part.scores.abs() for name, part in masked.items()}, sparsity, scope)
+    flips = 0
+    for name, part in masked.items():
+        flips += int((part.mask != selected[name]).sum())
+        part.mask.copy_(selected[name])
+    return flips
+
+
+# Frozen state ---------------------------------------------------------------------------------------------------------
+
+
+def freeze(slots: Mapping[str, Slot], masks: Mapping[str, Tensor]) -> None:
+    """Dense to frozen: write the zeros into the weights and keep each mask as buffer `<name>_mask`."""
+    for name, slot in slots.items():
+        weight = stored_weight(slot)
+        slot.module.register_buffer(slot.tensor_name + MASK_SUFFIX, masks[name].to(weight.device))
+    zero_masked_weights(slots)
+
+
+def unfreeze(slots: Mapping[str, Slot]) -> None:
+    """Frozen to dense: drop the masks; the zeros stay in the weights."""
+    for slot in slots.values():
+        delattr(slot.module, slot.tensor_name + MASK_SUFFIX)
+
+
+def frozen_masks(slots: Mapping[str, Slot]) -> dict[str, Tensor]:
+    """The mask buffers by weight name; frozen state only."""
+    return {name: slot.module.get_buffer(slot.tensor_name + MASK_SUFFIX) for name, slot in slots.items()}
+
+
+@torch.no_grad()
+def zero_masked_weights(slots: Mapping[str, Slot]) -> None:
+    """Write exact zeros wherever a frozen mask is False."""
+    for name, mask in frozen_masks(slots).items():
+        stored_weight(slots[name]).masked_fill_(~mask, 0)
+
+
+def mask_gradients(slots: Mapping[str, Slot]) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hook the weights so that pruned entries get no gradient.
+
+    An optimizer made afterwards then holds no momentum or second moment for them and weight decay keeps 0 at 0, so they
+    stay exactly zero in any training loop.
+    """
+    return [stored_weight(slot).register_hook(_GradientMask(slot)) for slot in slots.values()]
+
+
+class _GradientMask:
+    def __init__(self, slot: Slot):
+        self.slot = slot
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return torch.where(self.slot.module.get_buffer(self.slot.tensor_name + MASK_SUFFIX), grad, 0)

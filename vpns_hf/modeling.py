@@ -1,0 +1,613 @@
+"""`PromptedSparseModel`: an image classifier with masks over its weights and a visual prompt on its input."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from . import masking
+from .configuration import PromptedSparseConfig
+from .label_mapping import LABEL_MAPPINGS
+from .prompts import build_prompt
+from .sparsity import SparsityReport, measure_sparsity
+
+ROLES = ("scores", "prompt", "head", "weights")
+
+
+class PromptedSparseModel(PreTrainedModel):
+    """A pretrained image classifier, pruned by masks and reprogrammed by a visual prompt (VPNs, arXiv 2312.01397).
+
+    Made by [`~PromptedSparseModel.from_backbone`], or loaded by `from_pretrained`. The model is in one of three states,
+    `config.state`: `"search"` (scores attached, forward masked), `"frozen"` (zeros written in, plain weights) or
+    `"dense"` (plain weights, nothing masked).
+
+    Args:
+        config: see [`PromptedSparseConfig`].
+        backbone: the image classifier to wrap; built from `config.backbone_config` when None.
+    """
+
+    config_class = PromptedSparseConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # Trainer would otherwise believe that the loss is already divided by the number of accumulated items.
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # An update of 1e-4 vanishes in half precision.
+    _keep_in_fp32_modules_strict = ["scores", "prompt"]  # noqa: RUF012
+    config: PromptedSparseConfig
+    backbone: PreTrainedModel
+
+    def __init__(self, config: PromptedSparseConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.backbone = backbone or AutoModelForImageClassification.from_config(config.backbone_config)
+        self.prompt = build_prompt(config)
+        self._backbone_kwargs = _position_kwargs(self.backbone, config.image_size)
+        if config.state == "search":
+            masking.attach_scores(self.slots())
+        elif config.state == "frozen":
+            slots = self.slots()
+            masking.freeze(slots, {name: torch.ones_like(masking.stored_weight(slot), dtype=torch.bool) for name, slot in slots.items()})
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Nothing is drawn here: the backbone brings its weights, scores follow from them, prompts start at fixed values."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Hooks on parameters are lost when a model is copied.
+        super().__setstate__(state)
+        self._mask_gradients()
+
+    def _mask_gradients(self) -> None:
+        if self.config.state == "frozen":
+            masking.mask_gradients(self.slots())
+
+    # Building ---------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | nn.Module,
+        *,
+        sparsity: float = 0.9,
+        scope: str = "global",
+        prompt: str | None = "pad",
+        prompt_size: int = 16,
+        prompt_inner_size: Sequence[int] | int | None = None,
+        label_mapping: str | None = None,
+        new_head: bool | None = None,
+        keep_source_head: bool = False,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        ignore_modules: Sequence[str] = (),
+        image_processor: BaseImageProcessor | None = None,
+        image_size: Sequence[int] | int | None = None,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Wrap a pretrained image classifier, in the *search* state: scores attached, first mask selected, weights frozen.
+
+        Args:
+            backbone: Hub id, local folder, or a model object: a transformers image classifier or a timm model. A model object
+                is wrapped, not copied. timm models are wrapped by transformers' `TimmWrapperForImageClassification`.
+            sparsity: fraction of the prunable weights to remove, in [0, 1).
+            scope: `"global"`, `"layer"` or `"erk"`.
+            prompt: name of the visual prompt, or None.
+            prompt_size: width of the prompt in pixels.
+            prompt_inner_size: (height, width) or side to which a prompted image is shrunk; None overlays the prompt.
+            label_mapping: None, or `"frequency"`: keep the pretrained head and find the source class of each target class.
+            new_head: whether the classifier is created anew. None: when the label count differs or the checkpoint has no
+                head. A new head is never pruned.
+            keep_source_head: with a label mapping, keep every source class in the head instead of the mapped ones.
+            num_labels, id2label: the labels of the downstream task; None: the backbone's own.
+            ignore_modules: names (or their ends) of modules that are never pruned.
+            image_processor: gives image size, mean and std where they are not passed; None: looked up beside the backbone.
+            image_size, image_mean, image_std: the model's input: (height, width) or side in pixels, and its normalisation.
+            kwargs: passed to `from_pretrained` when `backbone` is a string (`revision`, `token`, `dtype`, ...). Weights
+                load in float32 unless `dtype` says otherwise.
+
+        Raises:
+            ValueError: no image classifier, nothing to prune, settings that do not fit together.
+            OSError: the backbone cannot be found.
+        """
+        labels = _label_names(num_labels, id2label)
+        if label_mapping is not None and label_mapping not in LABEL_MAPPINGS:
+            raise ValueError(f"`label_mapping` is {label_mapping!r}; expected None or one of {', '.join(LABEL_MAPPINGS)}.")
+        if label_mapping is not None and (new_head or labels is None):
+            raise ValueError("A label mapping keeps the pretrained head: pass `num_labels` or `id2label` of the task, and no `new_head`.")
+        masking.kept_count(0, sparsity)
+        model, fresh_head, image_processor = _load_backbone(
+            backbone, None if label_mapping else labels, new_head, image_processor, kwargs
+        )
+        geometry = _image_geometry(model.config, image_processor, image_size, image_mean, image_std)
+        config = PromptedSparseConfig(
+            backbone_config=_config_of(model),
+            sparsity=sparsity,
+            scope=scope,
+            ignore_modules=list(ignore_modules),
+            head_parameters=_head_parameters(model),
+            new_head=fresh_head,
+            prompt=prompt,
+            prompt_size=prompt_size,
+            prompt_inner_size=_height_width(prompt_inner_size),
+            label_mapping=label_mapping,
+            keep_source_head=keep_source_head,
+            id2label=dict(labels or model.config.id2label),
+            **geometry,
+        )
+        config.label2id = {name: index for index, name in config.id2label.items()}
+        wrapped = cls(config, model)
+        if not wrapped.slots():
+            raise ValueError(f"{type(model).__name__} has no prunable weight: no linear or convolution layer outside `ignore_modules` and a new head.")
+        wrapped._try_forward()
+        wrapped.attach_scores()
+        return wrapped
+
+    def _try_forward(self) -> None:
+        """Run one black image through the model, so that a wrong image size fails before any work starts."""
+        if self.config.image_size is None:
+            return
+        channels = len(self.config.image_mean) if self.config.image_mean else 3
+        image = torch.zeros(1, channels, *self.config.image_size, device=self.device, dtype=self.dtype)
+        training = self.training
+        try:
+            with torch.no_grad():
+                self.eval()(image)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"{type(self.backbone).__name__} does not accept images of {tuple(self.config.image_size)} (height, width) "
+                f"with {channels} channels: {error}"
+            ) from error
+        self.train(training)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        """Load a model saved by `save_pretrained`; arguments as for any transformers model.
+
+        Raises:
+            ValueError: the file lacks tensors that the configuration promises, or holds them in another shape.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if wrong := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not hold the tensors that its config.json describes: {len(wrong)} are "
+                f"missing or have another shape, such as {wrong[0]}. The download may be incomplete."
+            )
+        model._mask_gradients()
+        return (model, info) if wants_info else model
+
+    # Forward ----------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, use_prompt: bool | None = None
+    ) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: normalised images, [n, channels, height, width].
+            labels: class ids [n], or class probabilities [n, num_labels].
+            use_prompt: add the visual prompt; None: `config.use_prompt`.
+
+        Returns:
+            `logits` [n, num_labels] and, with labels, the mean cross-entropy `loss`.
+
+        Raises:
+            ValueError: a prompt is asked for and there is none.
+        """
+        if use_prompt is None:
+            use_prompt = self.config.use_prompt
+        if use_prompt:
+            if self.prompt is None:
+                raise ValueError("`use_prompt=True`, but this model has no prompt; build it with `prompt=\"pad\"`.")
+            pixel_values = self.prompt(pixel_values)
+        logits = self.backbone(pixel_values=pixel_values, **self._backbone_kwargs).logits
+        if self.config.mapped_labels is not None and self.config.keep_source_head:
+            logits = logits[:, self.config.mapped_labels]
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+    # Parameters by role -----------------------------------------------------------------------------------------------
+
+    def slots(self) -> dict[str, masking.Slot]:
+        """Where the prunable weights live, by backbone parameter name."""
+        skip = self.config.head_parameters if self.config.new_head else ()
+        return masking.prunable_slots(self.backbone, self.config.ignore_modules, skip)
+
+    def parameters_by_role(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Every parameter under its role: `scores`, `prompt`, `head` (a new head only) or `weights`."""
+        new_head = {f"backbone.{name}" for name in self.config.head_parameters} if self.config.new_head else set()
+        roles: dict[str, dict[str, nn.Parameter]] = {role: {} for role in ROLES}
+        for name, parameter in self.named_parameters():
+            if name.startswith("prompt."):
+                roles["prompt"][name] = parameter
+            elif name.endswith(".scores"):
+                roles["scores"][name] = parameter
+            else:
+                roles["head" if name in new_head else "weights"][name] = parameter
+        return roles
+
+    def train_only(self, *roles: str) -> None:
+        """Set `requires_grad` for the parameters of these roles and clear it for all others."""
+        for role, parameters in self.parameters_by_role().items():
+            for parameter in parameters.values():
+                parameter.requires_grad_(role in roles)
+
+    # Masks ------------------------------------------------------------------------------------------------------------
+
+    def scores(self) -> dict[str, Tensor]:
+        """The score parameters by backbone parameter name; empty outside the search state."""
+        if self.config.state != "search":
+            return {}
+        return {name: part.scores for name, part in masking.masked_weights(self.slots()).items()}
+
+    def masks(self) -> dict[str, Tensor]:
+        """The masks by backbone parameter name, True = kept; all True in the dense state."""
+        slots = self.slots()
+        if self.config.state == "search":
+            return {name: part.mask for name, part in masking.masked_weights(slots).items()}
+        if self.config.state == "frozen":
+            return masking.frozen_masks(slots)
+        return {name: torch.ones_like(masking.stored_weight(slot), dtype=torch.bool) for name, slot in slots.items()}
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable weights that are masked, measured."""
+        masks = self.masks().values()
+        return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+    def attach_scores(self) -> None:
+        """Dense to search: give every prunable weight scores and a mask; scores and prompt become trainable."""
+        self._require("dense", "attach scores")
+        masking.attach_scores(self.slots())
+        self.config.state = "search"
+        self.train_only("scores", "prompt", "head")
+        self.update_masks()
+
+    def detach_scores(self) -> None:
+        """Search to dense: drop scores and masks; all parameters become trainable."""
+        self._require("search", "detach scores")
+        masking.detach_scores(self.slots())
+        self.config.state = "dense"
+        self.train_only(*ROLES)
+
+    def set_sparsity(self, sparsity: float) -> None:
+        """Change the sparsity and select the masks anew; search state only."""
+        self._require("search", "change the sparsity")
+        masking.kept_count(0, sparsity)
+        self.config.sparsity = sparsity
+        self.update_masks()
+
+    def update_masks(self) -> int:
+        """Select the masks from the scores and return how many entries changed; search state only."""
+        self._require("search", "update masks")
+        return masking.update_masks(self.slots(), self.config.sparsity, self.config.scope)
+
+    def freeze_masks(self) -> None:
+        """Search to frozen: write the zeros into the weights, drop the scores; all parameters become trainable.
+
+        From here on pruned weights get no gradient, so they stay exactly zero in any training loop whose optimizer is made
+        after this call.
+        """
+        self._require("search", "freeze masks")
+        self.apply_masks(self.masks())
+
+    def apply_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Freeze the model with masks found elsewhere.
+
+        Args:
+            masks: bool tensors by backbone parameter name, True = kept; one for each prunable weight.
+
+        Raises:
+            ValueError: names or shapes differ from those of `masks()`.
+        """
+        slots = self.slots()
+        _check_masks(masks, slots)
+        masks = {name: mask.detach().clone().bool() for name, mask in masks.items()}
+        if self.config.state == "search":
+            masking.detach_scores(slots)
+        elif self.config.state == "frozen":
+            masking.unfreeze(slots)
+        masking.freeze(slots, masks)
+        self.config.state = "frozen"
+        self.config.sparsity = self.sparsity
+        self.train_only(*ROLES)
+        self._mask_gradients()
+
+    def zero_masked_weights(self) -> None:
+        """Write the zeros again; for training loops that replace or overwrite parameters. Frozen state only."""
+        self._require("frozen", "write zeros")
+        masking.zero_masked_weights(self.slots())
+
+    def _require(self, state: str, action: str) -> None:
+        if self.config.state != state:
+            raise ValueError(f"Cannot {action}: the model is in the {self.config.state!r} state, and this needs {state!r}.")
+
+    # Labels -----------------------------------------------------------------------------------------------------------
+
+    def set_label_mapping(self, mapping: Tensor | Sequence[int]) -> None:
+        """Read (or keep only) the mapped classes of the source head.
+
+        Args:
+            mapping: source class of each target class, [num_labels].
+
+        Raises:
+            ValueError: the model was not built with a label mapping, has one already, or the ids do not fit.
+        """
+        mapped = [int(source) for source in mapping]
+        if self.config.label_mapping is None or self.config.mapped_labels is not None:
+            raise ValueError("This model takes no label mapping: it was built without `label_mapping`, or one is already set.")
+        source_count = self.config.backbone_config.num_labels
+        if len(mapped) != self.config.num_labels or not all(0 <= source < source_count for source in mapped):
+            raise ValueError(
+                f"A label mapping needs one source class in [0, {source_count}) for each of the {self.config.num_labels} target "
+                f"classes; got {mapped}."
+            )
+        if self.config.keep_source_head:
+            self.config.mapped_labels = mapped
+        else:
+            self._slice_head(mapped)
+
+    def _slice_head(self, mapped: list[int]) -> None:
+        config = copy.deepcopy(self.config)
+        config.mapped_labels = mapped
+        config.backbone_config.id2label = dict(config.id2label)
+        config.backbone_config.label2id = dict(config.label2id)
+        trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        training = self.training
+        with torch.device(self.device):
+            sliced = type(self)(config)
+        target_shapes = {name: tensor.shape for name, tensor in sliced.state_dict().items()}
+        rows = torch.tensor(mapped, device=self.device)
+        sliced.load_state_dict(
+            {name: _take_rows(tensor, target_shapes[name], rows) for name, tensor in self.state_dict().items()}, assign=True
+        )
+        for name, parameter in sliced.named_parameters():
+            parameter.requires_grad_(trainable[name])
+        self.become(sliced.train(training))
+        if self.config.state == "search":
+            self.update_masks()
+
+    def become(self, other: PromptedSparseModel) -> None:
+        """Take over the weights, state and configuration of another model, so that references to this one stay good."""
+        self.__setstate__(other.__dict__)
+
+    # Results ----------------------------------------------------------------------------------------------------------
+
+    def merge_and_unload(self) -> PreTrainedModel:
+        """The plain backbone with the zeros written in; this wrapper must not be used afterwards.
+
+        With `keep_source_head` the plain model still has all source classes.
+        """
+        if self.config.state == "search":
+            self.freeze_masks()
+        if self.config.state == "frozen":
+            weights = [masking.stored_weight(slot) for slot in self.slots().values()]
+            masking.unfreeze(self.slots())
+            for weight in weights:
+                weight._backward_hooks = None
+        return self.backbone
+
+    def sparsity_report(self) -> SparsityReport:
+        """Kept and total weights, bytes and multiply-accumulates of every prunable layer."""
+        return measure_sparsity(self.backbone, self.slots(), self.masks(), self.config.image_size, self._backbone_kwargs)
+
+
+def _check_masks(masks: Mapping[str, Tensor], slots: Mapping[str, masking.Slot]) -> None:
+    if unknown := sorted(set(masks) ^ set(slots)):
+        raise ValueError(
+            f"Masks must name exactly the {len(slots)} prunable weights of this model; {len(unknown)} names differ, such as {unknown[0]}."
+        )
+    for name, slot in slots.items():
+        if masks[name].shape != (shape := masking.stored_weight(slot).shape):
+            raise ValueError(f"The mask of {name} has shape {tuple(masks[name].shape)}; the weight has {tuple(shape)}.")
+
+
+def _take_rows(tensor: Tensor, shape: torch.Size, rows: Tensor) -> Tensor:
+    for dim, (current, target) in enumerate(zip(tensor.shape, shape, strict=True)):
+        if current != target:
+            return tensor.index_select(dim, rows)
+    return tensor
+
+
+# Loading a backbone ---------------------------------------------------------------------------------------------------
+
+
+def _label_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[int, str] | None:
+    if id2label is not None:
+        if num_labels not in (None, len(id2label)):
+            raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(id2label)} labels; pass one of them.")
+        return {int(index): name for index, name in id2label.items()}
+    return None if num_labels is None else {index: f"LABEL_{index}" for index in range(num_labels)}
+
+
+def _load_backbone(
+    backbone: str | nn.Module,
+    labels: dict[int, str] | None,
+    new_head: bool | None,
+    image_processor: BaseImageProcessor | None,
+    kwargs: dict[str, Any],
+) -> tuple[PreTrainedModel, bool, BaseImageProcessor | None]:
+    """The image classifier with the task's labels, whether its head is new, and its image processor if there is one."""
+    if isinstance(backbone, nn.Module):
+        if kwargs:
+            raise TypeError(f"{', '.join(kwargs)} only apply when the backbone is a Hub id or a folder.")
+        model, missing = _as_classifier(backbone), set[str]()
+    else:
+        model, missing = _download(backbone, kwargs)
+        image_processor = image_processor or _find_image_processor(backbone, kwargs)
+    head = set(_head_parameters(model))
+    if lost := sorted(missing - head):
+        raise ValueError(f"{backbone} is no complete checkpoint of {type(model).__name__}: {len(lost)} weights are missing, such as {lost[0]}.")
+    fresh = bool(missing) or new_head is True or (labels is not None and len(labels) != model.config.num_labels)
+    if fresh and new_head is False:
+        raise ValueError(
+            f"`new_head=False` keeps the pretrained head, but it has {model.config.num_labels} labels"
+            + (f" and the task has {len(labels)}." if labels else " that the checkpoint does not hold.")
+        )
+    if fresh:
+        model = _with_new_head(model, head, labels or dict(model.config.id2label))
+    elif labels is not None:
+        model.config.id2label, model.config.label2id = labels, {name: index for index, name in labels.items()}
+    return model, fresh, image_processor
+
+
+def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
+    hub_kwargs = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
+    config = AutoConfig.from_pretrained(name, **hub_kwargs)
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"{name} is a {config.model_type!r} model, and transformers has no image classifier of that type; pass the id of "
+            "an image classification model."
+        )
+    model, info = AutoModelForImageClassification.from_pretrained(
+        name, **{"dtype": torch.float32} | kwargs, output_loading_info=True
+    )
+    return model, {key for key in info["missing_keys"]}
+
+
+_HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
+
+
+def _find_image_processor(name: str, kwargs: dict[str, Any]) -> BaseImageProcessor | None:
+    try:
+        return AutoImageProcessor.from_pretrained(name, **{key: kwargs[key] for key in _HUB_KEYS if key in kwargs})
+    except (OSError, ValueError):
+        # Without one, size and normalisation come from the configuration or the caller.
+        return None
+
+
+def _as_classifier(model: nn.Module) -> PreTrainedModel:
+    if isinstance(model, PreTrainedModel):
+        if type(model.config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or "ForImageClassification" not in type(model).__name__:
+            raise ValueError(
+                f"{type(model).__name__} is no image classifier; pass a model whose output has one logit a label, such as one of "
+                "`AutoModelForImageClassification`."
+            )
+        return model
+    try:
+        pretrained_cfg, num_classes = dict(model.pretrained_cfg), int(model.num_classes)
+    except AttributeError:
+        raise ValueError(
+            f"{type(model).__name__} is neither a transformers image classifier nor a timm model; wrap it as one of them."
+        ) from None
+    config = TimmWrapperConfig.from_dict(
+        {"architecture": pretrained_cfg["architecture"], "num_classes": num_classes, "pretrained_cfg": pretrained_cfg}
+    )
+    wrapper = TimmWrapperForImageClassification(config)
+    try:
+        wrapper.timm_model.load_state_dict(model.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"This {config.architecture} was made with other arguments than timm's defaults; wrap it yourself with "
+            "`TimmWrapperForImageClassification(TimmWrapperConfig(architecture=..., model_args={...}))`."
+        ) from error
+    return wrapper.to(next(model.parameters()).device)
+
+
+def _config_of(model: PreTrainedModel) -> PreTrainedConfig:
+    """A copy that rebuilds this very class; transformers writes into the configurations that it is given."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    return config
+
+
+def _rebuilt(model: PreTrainedModel, labels: dict[int, str]) -> PreTrainedModel:
+    """A model of the same class and configuration with fresh weights and other labels."""
+    config = _config_of(model)
+    config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}
+    return AutoModelForImageClassification.from_config(config)
+
+
+def _head_parameters(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters whose shape follows the number of labels."""
+    labels = {index: str(index) for index in range(model.config.num_labels + 1)}
+    with torch.device("meta"):
+        wider = _rebuilt(model, labels)
+    shapes = {name: parameter.shape for name, parameter in wider.named_parameters()}
+    return [name for name, parameter in model.named_parameters() if parameter.shape != shapes[name]]
+
+
+def _with_new_head(model: PreTrainedModel, head: set[str], labels: dict[int, str]) -> PreTrainedModel:
+    """The same model with a freshly initialised head for these labels."""
+    fresh = _rebuilt(model, labels).to(device=model.device, dtype=model.dtype).train(model.training)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in head}
+    fresh.load_state_dict(kept | {name: tensor for name, tensor in fresh.state_dict().items() if name in head})
+    return fresh
+
+
+# Image size and normalisation -----------------------------------------------------------------------------------------
+
+
+def _height_width(size: Any) -> list[int] | None:
+    """(height, width) of a side, a pair, or an image processor's size dictionary."""
+    if size is None:
+        return None
+    if isinstance(size, int):
+        return [size, size]
+    if isinstance(size, Sequence):
+        return [int(side) for side in size]
+    if "height" in size and "width" in size:
+        return [size["height"], size["width"]]
+    return [size["shortest_edge"], size["shortest_edge"]] if "shortest_edge" in size else None
+
+
+def _image_geometry(
+    config: PreTrainedConfig,
+    image_processor: BaseImageProcessor | None,
+    image_size: Sequence[int] | int | None,
+    image_mean: Sequence[float] | None,
+    image_std: Sequence[float] | None,
+) -> dict[str, Any]:
+    """Image size, mean and std: as passed, else the processor's, else timm's or the backbone's configuration's."""
+    processor = image_processor.to_dict() if image_processor is not None else {}
+    timm_cfg = config.to_dict().get("pretrained_cfg") or {}
+    timm_size = timm_cfg.get("input_size")
+    sizes = (
+        image_size,
+        processor.get("crop_size") if processor.get("do_center_crop") else None,
+        processor.get("size"),
+        timm_size[1:] if timm_size else None,
+        config.to_dict().get("image_size"),
+    )
+    found = (_height_width(size) for size in sizes)
+    return {
+        "image_size": next((size for size in found if size), None),
+        "image_mean": _first(image_mean, processor.get("image_mean"), timm_cfg.get("mean")),
+        "image_std": _first(image_std, processor.get("image_std"), timm_cfg.get("std")),
+    }
+
+
+def _first(*values: Sequence[float] | None) -> list[float] | None:
+    return next((list(value) for value in values if value is not None), None)
+
+
+def _position_kwargs(backbone: PreTrainedModel, image_size: Sequence[int] | None) -> dict[str, bool]:
+    """Ask the backbone to interpolate its position embeddings when the images have another size than it was built for."""
+    native = _height_width(backbone.config.to_dict().get("image_size"))
+    if image_size is None or native is None or list(image_size) == native:
+        return {}
+    parameters = inspect.signature(backbone.forward).parameters
+    return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
