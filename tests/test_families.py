@@ -54,7 +54,7 @@ def test_life_of_a_subnetwork(family, tmp_path):
     searched = wrapped(IMAGES, use_prompt=True).logits
     _roundtrip(wrapped, tmp_path / "search")
     wrapped.freeze_masks()
-    torch.testing.assert_close(wrapped(IMAGES, use_prompt=True).logits, searched, rtol=0, atol=0)
+    assert_close(wrapped(IMAGES, use_prompt=True).logits, searched)
     masks = {name: mask.clone() for name, mask in wrapped.masks().items()}
 
     wrapped.train()

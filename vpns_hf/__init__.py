@@ -3,8 +3,11 @@
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from .configuration import PromptedSparseConfig
+from .data import load_transfer_dataset
 from .modeling import PromptedSparseModel
 from .sparsity import SparsityReport
+from .trainer import VPNsTrainer
+from .training_args import VPNsTrainingArguments
 from .version import __version__
 
 AutoConfig.register(PromptedSparseConfig.model_type, PromptedSparseConfig)
@@ -14,5 +17,8 @@ __all__ = [
     "PromptedSparseConfig",
     "PromptedSparseModel",
     "SparsityReport",
+    "VPNsTrainer",
+    "VPNsTrainingArguments",
     "__version__",
+    "load_transfer_dataset",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def _frequency(counts: Tensor) -> Tensor:
@@ -47,22 +47,17 @@ def map_labels(counts: Tensor, method: str = "frequency") -> Tensor:
     return LABEL_MAPPINGS[method](counts)
 
 
-@torch.no_grad()
-def count_predictions(model: nn.Module, batches: Iterable[dict[str, Tensor]], num_source: int, num_target: int) -> Tensor:
-    """How often the model predicts each source class on the images of each target class.
+def count_predictions(pairs: Iterable[tuple[Tensor, Tensor]], num_source: int, num_target: int) -> Tensor:
+    """How often each source class was predicted on the images of each target class.
 
     Args:
-        model: takes `pixel_values` and returns an output with `logits` [n, num_source]; its mode is left as it was.
-        batches: dictionaries with `pixel_values` and integer `labels`.
+        pairs: batches of (predicted source classes, target classes), integer tensors [n].
 
     Returns:
         LongTensor [num_source, num_target].
     """
     counts = torch.zeros(num_source, num_target, dtype=torch.long)
-    training = model.training
-    model.eval()
-    for batch in batches:
-        predicted = model(pixel_values=batch["pixel_values"]).logits.argmax(-1).cpu()
-        counts.index_put_((predicted, batch["labels"].cpu()), torch.ones(len(predicted), dtype=torch.long), accumulate=True)
-    model.train(training)
+    for predicted, labels in pairs:
+        ones = torch.ones(len(predicted), dtype=torch.long)
+        counts.index_put_((predicted.cpu(), labels.cpu()), ones, accumulate=True)
     return counts

@@ -282,13 +282,18 @@ def zero_masked_weights(slots: Mapping[str, Slot]) -> None:
         stored_weight(slots[name]).masked_fill_(~mask, 0)
 
 
-def mask_gradients(slots: Mapping[str, Slot]) -> list[torch.utils.hooks.RemovableHandle]:
+def mask_gradients(slots: Mapping[str, Slot]) -> None:
     """Hook the weights so that pruned entries get no gradient.
 
     An optimizer made afterwards then holds no momentum or second moment for them and weight decay keeps 0 at 0, so they
     stay exactly zero in any training loop.
     """
-    return [stored_weight(slot).register_hook(_GradientMask(slot)) for slot in slots.values()]
+    for slot in slots.values():
+        weight = stored_weight(slot)
+        trainable = weight.requires_grad
+        # torch only takes hooks on tensors that require a gradient; this one may be made trainable later.
+        weight.requires_grad_(True).register_hook(_GradientMask(slot))
+        weight.requires_grad_(trainable)
 
 
 class _GradientMask:

@@ -140,7 +140,10 @@ def main() -> None:
         label2id={name: i for i, name in enumerate(NAMES)},
         attn_implementation="eager",  # faster than sdpa for 17 tokens on a CPU
     )
-    model = ViTForImageClassification(config)
+    if args.resume_from_checkpoint:  # the Trainer alone misses the encoder, whose weights are saved under other names
+        model = ViTForImageClassification.from_pretrained(args.resume_from_checkpoint, attn_implementation="eager")
+    else:
+        model = ViTForImageClassification(config)
     batches = [f"data_batch_{i}.png" for i in range(1, 6)]
     trainer = Trainer(
         model=model,

@@ -1,0 +1,475 @@
+"""`VPNsTrainer`: runs the stages of a pruning method, each as one run of transformers' Trainer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+
+from .configuration import PromptedSparseConfig
+from .data import RoleBatchSampler, RoleDataset, collate_images
+from .label_mapping import count_predictions, map_labels
+from .methods import Stage, get_method
+from .metrics import compute_accuracy
+from .modeling import PromptedSparseModel
+from .optimizers import OptimizerByRole, build_optimizer, weight_groups
+from .schedules import learning_rate_factor
+from .training_args import VPNsTrainingArguments
+
+STAGES_NAME = "stages.json"
+MODEL_FOLDER = "model"
+
+
+@dataclass(frozen=True)
+class FinishedStage:
+    """A stage that ended: its name, its optimizer steps, and what the evaluation after it gave (empty without one)."""
+
+    name: str
+    steps: int
+    metrics: dict[str, float]
+
+
+@dataclass
+class RunRecord:
+    """The stages of a run that have ended, kept in `stages.json`, which is replaced atomically.
+
+    Args:
+        folder: output folder of the run.
+        method: name of its method.
+        finished: the stages that ended, in order.
+    """
+
+    folder: Path
+    method: str
+    finished: list[FinishedStage]
+
+    @classmethod
+    def load(cls, folder: Path, method: str) -> RunRecord:
+        """Read the record, or make an empty one where there is none.
+
+        Raises:
+            ValueError: the folder holds a run of another method.
+        """
+        path = folder / STAGES_NAME
+        if not path.is_file():
+            return cls(folder, method, [])
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["method"] != method:
+            raise ValueError(f"{folder} holds a run of method {content['method']!r}, not {method!r}; choose another `output_dir`.")
+        return cls(folder, method, [FinishedStage(**stage) for stage in content["finished"]])
+
+    def save(self) -> None:
+        """Write the record."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {"method": self.method, "finished": [asdict(stage) for stage in self.finished]}
+        temporary = self.folder / f"{STAGES_NAME}.tmp"
+        temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        os.replace(temporary, self.folder / STAGES_NAME)
+
+    def stage_folder(self, index: int, name: str) -> Path:
+        """Where a stage keeps its checkpoints and, once it has ended, its model and log."""
+        return self.folder / f"{index}-{name}"
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a stage whose last-written file is there and whole, or None."""
+    checkpoints = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
+class MaskCallback(TrainerCallback, ExportableState):
+    """After every optimizer step: select the mask anew while scores train, write the zeros again once it is frozen.
+
+    Args:
+        flips: mask entries that changed since the last log.
+    """
+
+    def __init__(self, flips: int = 0):
+        self.flips = flips
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback."""
+        return {"args": {"flips": self.flips}, "attributes": {}}
+
+    def on_optimizer_step(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model: PromptedSparseModel = kwargs["model"]
+        if model.config.state == "frozen":
+            model.zero_masked_weights()
+        elif any(score.requires_grad for score in model.scores().values()):
+            self.flips += model.update_masks()
+
+    def take_flips(self) -> int:
+        """The count since the last call."""
+        flips, self.flips = self.flips, 0
+        return flips
+
+
+class VPNsTrainer(Trainer):
+    """Prune a [`PromptedSparseModel`] by the method that `args.method` names.
+
+    `train()` runs the stages of the method one after the other on the same model. Checkpoints go to
+    `output_dir/<index>-<stage>/checkpoint-N`; `train(resume_from_checkpoint=True)` goes on in whichever stage was running.
+    Evaluation reports `eval_accuracy` and, for methods with a prompt, `eval_accuracy_prompted`, as `args.eval_prompt` says.
+
+    Args:
+        model: the model, in the search state, as `from_backbone` gives it.
+        args: see [`VPNsTrainingArguments`].
+        train_dataset: map-style, of dictionaries with `pixel_values` [3, height, width] and `labels`; usually augmented.
+        prompted_train_dataset: the same rows as prompted batches show them, usually without augmentation (as in the released
+            code); None: `train_dataset`.
+        eval_dataset: the validation data.
+        processing_class: the image processor, saved with the model.
+        kwargs: the other arguments of [`~transformers.Trainer`]. Without `compute_metrics` the accuracy is computed.
+
+    Raises:
+        ValueError: the model does not fit the method, or the data cannot be drawn by index.
+    """
+
+    # The loss is the mean over its own batch, so Trainer must divide by the accumulation steps.
+    loss_is_scaled_for_ga = False
+    args: VPNsTrainingArguments
+    model: PromptedSparseModel
+
+    def __init__(
+        self,
+        model: PromptedSparseModel,
+        args: VPNsTrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        prompted_train_dataset: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(model, PromptedSparseModel):
+            raise ValueError(f"VPNsTrainer trains a PromptedSparseModel, not a {type(model).__name__}; wrap it with `PromptedSparseModel.from_backbone(model)`.")
+        if "model_init" in kwargs:
+            raise ValueError("VPNsTrainer takes a `model`, not `model_init`: every stage goes on with the model of the one before.")
+        self.method = get_method(args.method)
+        if model.prompt is None and (self.method.uses_prompt or args.eval_prompt == "with"):
+            raise ValueError(f"`method={args.method!r}` with `eval_prompt={args.eval_prompt!r}` needs a prompt; build the model with `prompt=\"pad\"`, or use `method=\"hydra\"`.")
+        for dataset in (train_dataset, prompted_train_dataset):
+            if isinstance(dataset, IterableDataset):
+                raise ValueError("VPNsTrainer draws images by index; got a streaming data set. Load it without `streaming=True`.")
+        self.prompted_train_dataset = train_dataset if prompted_train_dataset is None else prompted_train_dataset
+        self._sparsity = model.config.sparsity if args.sparsity is None else args.sparsity
+        self.stage: Stage | None = None
+        self.stage_index = 0
+        self._evaluates_prompted = False
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=kwargs.pop("data_collator", collate_images),
+            compute_metrics=kwargs.pop("compute_metrics", compute_accuracy),
+            callbacks=[MaskCallback(), *(callbacks or [])],
+            **kwargs,
+        )
+
+    # Stages -----------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Run every stage.
+
+        Args:
+            resume_from_checkpoint: True: go on where the run in `args.output_dir` stopped (from the start if it never
+                began). A path `<output_dir>/<index>-<stage>/checkpoint-N`: go on from there.
+            kwargs: passed to [`~transformers.Trainer.train`] for every stage.
+
+        Returns:
+            Steps of all stages together, the last stage's training loss, and every stage's metrics as `<stage>_<name>`.
+
+        Raises:
+            ValueError: `output_dir` holds another run, or the checkpoint is none of it.
+        """
+        stages = self.method.stages_for(self.model.config.new_head)
+        record = RunRecord.load(Path(self.args.output_dir), self.args.method)
+        checkpoint = self._find_checkpoint(record, stages, resume_from_checkpoint)
+        if record.finished:
+            self._become(record.stage_folder(len(record.finished) - 1, record.finished[-1].name) / MODEL_FOLDER)
+        elif self.model.config.label_mapping is not None and self.model.config.mapped_labels is None:
+            self.model.set_label_mapping(self._find_label_mapping(checkpoint))
+        loss, metrics = math.nan, {}
+        for index, stage in enumerate(stages):
+            if index < len(record.finished):
+                continue
+            output = self._train_stage(index, stage, stages, record, checkpoint, **kwargs)
+            checkpoint, loss = None, output.training_loss
+            metrics |= {f"{stage.name}_{name}": value for name, value in output.metrics.items()}
+        return TrainOutput(sum(stage.steps for stage in record.finished), loss, metrics)
+
+    def _find_checkpoint(
+        self, record: RunRecord, stages: tuple[Stage, ...], resume_from_checkpoint: str | bool | None
+    ) -> Path | None:
+        """Where to resume; drops from the record what comes after that checkpoint."""
+        if not resume_from_checkpoint:
+            if record.finished or any(record.folder.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*")):
+                raise ValueError(f"{record.folder} holds an earlier run; pass `resume_from_checkpoint=True` to go on with it, or choose another `output_dir`.")
+            return None
+        if resume_from_checkpoint is True:
+            index = len(record.finished)
+            return last_complete_checkpoint(record.stage_folder(index, stages[index].name)) if index < len(stages) else None
+        checkpoint = Path(resume_from_checkpoint)
+        folders = [record.stage_folder(index, stage.name) for index, stage in enumerate(stages)]
+        if checkpoint.parent not in folders[: len(record.finished) + 1] or not (checkpoint / TRAINER_STATE_NAME).is_file():
+            raise ValueError(f"{checkpoint} is no checkpoint of the run in {record.folder}; expected {folders[0]}/checkpoint-N, or `True` for the last one.")
+        record.finished = record.finished[: folders.index(checkpoint.parent)]
+        return checkpoint
+
+    def _train_stage(
+        self,
+        index: int,
+        stage: Stage,
+        stages: tuple[Stage, ...],
+        record: RunRecord,
+        checkpoint: Path | None,
+        **kwargs: Any,
+    ) -> TrainOutput:
+        folder = record.stage_folder(index, stage.name)
+        if checkpoint is None and self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+        # What a stage draws must not depend on whether the run was interrupted before it.
+        set_seed(self.args.seed + index)
+        self._enter(stage)
+        self.stage, self.stage_index = stage, index
+        self.optimizer, self.lr_scheduler = None, None
+        self.model_wrapped = self.model
+        with self._stage_arguments(stage, folder, is_last=stage is stages[-1]):
+            output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+            self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+            evaluation = {} if self.eval_dataset is None else self.evaluate()
+        record.finished.append(FinishedStage(stage.name, self.state.global_step, evaluation))
+        self._keep(folder, record)
+        self._announce(index, stage, stages, evaluation)
+        return output
+
+    def _enter(self, stage: Stage) -> None:
+        """Bring the model into the stage's state and make the stage's roles trainable."""
+        state = self.model.config.state
+        if stage.state == "search":
+            if state == "dense":
+                self.model.attach_scores()
+            self.model.set_sparsity(self._sparsity if stage.sparsity is None else stage.sparsity)
+        elif stage.state == "frozen" and state != "frozen":
+            self.model.freeze_masks()
+        elif stage.state == "dense" and state != "dense":
+            self.model.detach_scores()
+        self.model.train_only(*stage.roles)
+
+    @contextmanager
+    def _stage_arguments(self, stage: Stage, folder: Path, is_last: bool) -> Iterator[None]:
+        run_args, args = self.args, copy.copy(self.args)
+        args.output_dir = str(folder)
+        args.num_train_epochs, args.max_steps = run_args.stage_length(stage)
+        if stage.length == "warm_up" and run_args.max_steps > 0:
+            args.max_steps = min(run_args.max_steps, self._steps(args.num_train_epochs))
+        args.load_best_model_at_end = run_args.load_best_model_at_end and is_last
+        self.args = args
+        try:
+            yield
+        finally:
+            self.args = run_args
+
+    def _steps(self, epochs: float) -> int:
+        images_a_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return math.ceil(epochs * math.ceil(len(self.train_dataset) / images_a_step))
+
+    def _keep(self, folder: Path, record: RunRecord) -> None:
+        """Save the stage's model and log, then record that it ended."""
+        if self.args.should_save:
+            temporary = folder / f"{MODEL_FOLDER}.tmp"
+            self.model.save_pretrained(temporary)
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            shutil.rmtree(folder / MODEL_FOLDER, ignore_errors=True)
+            os.replace(temporary, folder / MODEL_FOLDER)
+            record.save()
+        self.accelerator.wait_for_everyone()
+
+    def _announce(self, index: int, stage: Stage, stages: tuple[Stage, ...], evaluation: dict[str, float]) -> None:
+        if not self.is_world_process_zero():
+            return
+        accuracies = [
+            f"{name.removeprefix('eval_').replace('_', ' ')} {value:.2%}"
+            for name, value in evaluation.items()
+            if name.startswith("eval_accuracy")
+        ]
+        facts = [f"{self.state.global_step} steps", f"density {1 - self.model.sparsity:.2%}", *accuracies]
+        print(f"[stage {index + 1} of {len(stages)}] {stage.name}: {', '.join(facts)}", flush=True)
+
+    def _become(self, folder: Path) -> None:
+        loaded = type(self.model).from_pretrained(folder)
+        # Copied, because tensors that are mapped from the file lie at other addresses, where kernels may sum in another order.
+        self.model.become(copy.deepcopy(loaded).to(self.args.device))
+
+    def _find_label_mapping(self, checkpoint: Path | None) -> Tensor | list[int]:
+        """Source class of each target class: as the checkpoint has it, else from the dense model's predictions."""
+        if checkpoint is not None:
+            return PromptedSparseConfig.from_pretrained(checkpoint).mapped_labels
+        sparsity = self.model.config.sparsity
+        self.model.set_sparsity(0.0)
+        counts = count_predictions(
+            self._predicted_pairs(), self.model.config.backbone_config.num_labels, self.model.config.num_labels
+        )
+        self.model.set_sparsity(sparsity)
+        return map_labels(counts, self.model.config.label_mapping)
+
+    @torch.no_grad()
+    def _predicted_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.model.eval()
+        for batch in self.get_eval_dataloader(self.prompted_train_dataset):
+            predicted = self.model(pixel_values=batch["pixel_values"]).logits.argmax(-1)
+            yield self.accelerator.gather_for_metrics((predicted, batch["labels"]))
+
+    # What a stage trains ----------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of one role each, as the stage and `args.prompt_mixing` say."""
+        if self.train_dataset is None:
+            raise ValueError("Training needs a `train_dataset`.")
+        mixing = self.args.prompt_mixing if self.stage is not None and self.stage.prompted else "never"
+        sampler = RoleBatchSampler(
+            len(self.train_dataset),
+            self._train_batch_size,
+            mixing,
+            window=self.args.gradient_accumulation_steps * self.args.world_size,
+            seed=(self.args.seed if self.args.data_seed is None else self.args.data_seed) + self.stage_index,
+        )
+        dataset = RoleDataset(self.train_dataset, self.prompted_train_dataset, sampler)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            # Its own, so that the number of workers does not move the global random state.
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """One optimizer for each role of the stage, stepped as one."""
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            parts = {}
+            for role, parameters in self.model.parameters_by_role().items():
+                if role not in self.stage.roles or not parameters:
+                    continue
+                # Scores and prompt are single tensors without norms or biases: all of them decay.
+                in_decay = decayed if role in ("weights", "head") else set(parameters)
+                groups = weight_groups(parameters, in_decay, self.args.weight_decay)
+                parts[role] = build_optimizer(groups, self.args.role_settings(role, self.stage), self.args, self.args.momentum)
+            self.optimizer = OptimizerByRole(parts)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """One schedule a role, all functions of the optimizer step."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            factors = [
+                learning_rate_factor(
+                    self.args.role_settings(group["role"], self.stage).lr_scheduler_type,
+                    self.args.get_warmup_steps(num_training_steps),
+                    num_training_steps,
+                    **(self.args.lr_scheduler_kwargs or {}),
+                )
+                for group in optimizer.param_groups
+            ]
+            self.lr_scheduler = LambdaLR(optimizer, factors)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # What is logged and measured --------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the sparsity, the mask entries that changed since the last log and the prompt's largest value."""
+        if "loss" in logs:
+            logs["sparsity"] = self.model.sparsity
+            if "scores" in self.stage.roles:
+                logs["mask_flips"] = sum(
+                    callback.take_flips() for callback in self.callback_handler.callbacks if isinstance(callback, MaskCallback)
+                )
+            if "prompt" in self.stage.roles:
+                logs["prompt_max"] = max(float(p.detach().abs().max()) for p in self.model.prompt.parameters())
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate without and with the prompt, as `args.eval_prompt` says; prompted metrics end in `_prompted`.
+
+        Predictions are those of the first pass: without the prompt, unless `args.eval_prompt` is `"with"`.
+        """
+        outputs = []
+        for self._evaluates_prompted in self._evaluated_roles():
+            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+            suffix = "_prompted" if self._evaluates_prompted else ""
+            outputs.append(output._replace(metrics={f"{name}{suffix}": value for name, value in output.metrics.items()}))
+        return outputs[0]._replace(metrics={name: value for output in outputs for name, value in output.metrics.items()})
+
+    def _evaluated_roles(self) -> list[bool]:
+        if not self.method.uses_prompt and self.args.eval_prompt != "with":
+            return [False]
+        return {"without": [False], "with": [True], "both": [False, True]}[self.args.eval_prompt]
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """One evaluation batch, with or without the prompt."""
+        return super().prediction_step(model, {**inputs, "use_prompt": self._evaluates_prompted}, *args, **kwargs)
+
+    # Saving and loading -----------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            # A pickle; only checkpoints, which are not published, keep it.
+            (folder / TRAINING_ARGS_NAME).unlink()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_weights(self.state.best_model_checkpoint)
+
+    def _load_weights(self, folder: str) -> None:
+        # Trainer matches keys by name, which skips every tensor that transformers renames when it saves.
+        self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())

@@ -1,0 +1,96 @@
+"""`VPNsTrainingArguments`: Trainer's arguments and those of the search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .methods import Stage, get_method
+from .optimizers import RoleSettings
+
+PROMPT_MIXINGS = ("alternate", "always", "never")
+EVAL_PROMPTS = ("without", "with", "both")
+
+
+@dataclass
+class VPNsTrainingArguments(TrainingArguments):
+    """Arguments of [`VPNsTrainer`]: all of [`~transformers.TrainingArguments`], which apply to the tune stage and, where
+    nothing else is said, to every stage, and those below. `max_steps` bounds every stage; `load_best_model_at_end` applies
+    to the last stage alone.
+
+    Defaults that differ from Trainer's: SGD with momentum, cosine schedule, weight decay 1e-4, no gradient clipping (it would
+    couple the norms of prompt and scores), `remove_unused_columns=False`.
+    """
+
+    method: str = field(default="vpns", metadata={"help": "Pruning method: vpns, vpns_zero_prompt, hydra or dense."})
+    sparsity: float | None = field(
+        default=None, metadata={"help": "Fraction of prunable weights to remove; the model's own when not given."}
+    )
+    search_epochs: float = field(
+        default=30.0,
+        metadata={"help": "Epochs of the search. With prompt_mixing=alternate an epoch shows every image twice: prompted and plain."},
+    )
+    search_max_steps: int = field(default=-1, metadata={"help": "Optimizer steps of the search; replaces max_steps and search_epochs."})
+    head_warm_up_epochs: float = field(default=1.0, metadata={"help": "Epochs that train a new head alone, before the search."})
+    num_train_epochs: float = field(default=30.0, metadata={"help": "Epochs of the tune stage."})
+    score_optim: str = field(default="adam", metadata={"help": "Optimizer of the scores, and of the prompt during the search."})
+    score_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the scores."})
+    search_prompt_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the prompt during the search."})
+    score_lr_scheduler_type: str | None = field(
+        default=None, metadata={"help": "Schedule of scores and prompt during the search; lr_scheduler_type when not given."}
+    )
+    optim: str = field(default="sgd", metadata={"help": "Optimizer of weights and head, and of the prompt in the tune stage."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the weights."})
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of a new head; learning_rate when not given."}
+    )
+    prompt_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the prompt in the tune stage."})
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of the optimizer sgd."})
+    prompt_mixing: str = field(
+        default="alternate",
+        metadata={"help": "Which batches are prompted: alternate (prompted and plain in turn), always or never."},
+    )
+    eval_prompt: str = field(default="both", metadata={"help": "Evaluate without the prompt, with it, or both."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of every role."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 clips nothing."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop dataset columns that the model does not take."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Restore the callbacks' states when resuming, so that logs go on as they would have."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        get_method(self.method)
+        _check_choice("prompt_mixing", self.prompt_mixing, PROMPT_MIXINGS)
+        _check_choice("eval_prompt", self.eval_prompt, EVAL_PROMPTS)
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"`sparsity` is {self.sparsity}; expected a fraction in [0, 1), such as 0.9 for 90 %.")
+
+    def role_settings(self, role: str, stage: Stage) -> RoleSettings:
+        """Optimizer, learning rate and schedule of a role in a stage."""
+        searching = "scores" in stage.roles and role in ("scores", "prompt")
+        learning_rate = {
+            "scores": self.score_learning_rate,
+            "prompt": self.search_prompt_learning_rate if searching else self.prompt_learning_rate,
+            "head": self.learning_rate if self.head_learning_rate is None else self.head_learning_rate,
+            "weights": self.learning_rate,
+        }[role]
+        optim = self.score_optim if searching else str(getattr(self.optim, "value", self.optim))
+        schedule = self.score_lr_scheduler_type if searching else None
+        return RoleSettings(optim, learning_rate, schedule or self.lr_scheduler_type)
+
+    def stage_length(self, stage: Stage) -> tuple[float, int]:
+        """(epochs, max_steps) of a stage; max_steps is -1 where the epochs count."""
+        if stage.length == "search":
+            return self.search_epochs, self.search_max_steps if self.search_max_steps > 0 else self.max_steps
+        if stage.length == "warm_up":
+            return self.head_warm_up_epochs, -1
+        return self.num_train_epochs, self.max_steps
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; expected one of {', '.join(choices)}.")
