@@ -21,7 +21,7 @@ from PIL import Image as PILImage
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Sampler
 from torchvision.transforms import v2
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, TimmWrapperImageProcessor, ViTImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -360,6 +360,24 @@ class ImageTransforms:
                 v2.Normalize(list(self.mean), list(self.std)),
             ]
         )
+
+
+def matching_image_processor(
+    processor: BaseImageProcessor | None, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+) -> BaseImageProcessor:
+    """The processor itself if it saves itself and gives images of this size; else a `ViTImageProcessor` that does.
+
+    Args:
+        processor: a backbone's image processor, or None. timm's is replaced, because it cannot be saved on its own.
+        image_size: (height, width) in pixels.
+        mean, std: normalisation, one value a channel.
+    """
+    if processor is not None and not isinstance(processor, TimmWrapperImageProcessor):
+        sample = PILImage.new("RGB", (image_size[1] + 1, image_size[0] + 1))
+        if tuple(processor(sample, return_tensors="pt")["pixel_values"].shape[-2:]) == tuple(image_size):
+            return processor
+    height, width = image_size
+    return ViTImageProcessor(size={"height": height, "width": width}, image_mean=list(mean), image_std=list(std))
 
 
 def _features(pixel_values: torch.Tensor, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -22,8 +27,9 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from . import masking
+from . import masking, storage
 from .configuration import PromptedSparseConfig
 from .label_mapping import LABEL_MAPPINGS
 from .prompts import build_prompt
@@ -182,20 +188,51 @@ class PromptedSparseModel(PreTrainedModel):
             ) from error
         self.train(training)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
-        """Load a model saved by `save_pretrained`; arguments as for any transformers model.
+    # Saving and loading -----------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], packed: bool | None = None, **kwargs: Any) -> None:
+        """Save configuration and weights; other arguments as for any transformers model.
+
+        Args:
+            save_directory: folder, made if needed. Files take their place in it when they are complete.
+            packed: store the kept values and a coded mask instead of every weight. None: when the masks are frozen.
 
         Raises:
-            ValueError: the file lacks tensors that the configuration promises, or holds them in another shape.
+            ValueError: `packed=True` while the masks are not frozen.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if packed and self.config.state != "frozen":
+            raise ValueError(f"Only frozen masks can be packed; the model is in the {self.config.state!r} state. Call `freeze_masks()` first.")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+            super().save_pretrained(name, **kwargs)
+            weights = sorted(Path(name).glob("*.safetensors"))
+            if packed or (packed is None and self.config.state == "frozen"):
+                _pack(weights)
+            for stale in folder.glob("model*.safetensors*"):
+                stale.unlink()
+            for file in Path(name).iterdir():
+                os.replace(file, folder / file.name)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Load a model saved by `save_pretrained`, packed or not; arguments as for any transformers model.
+
+        Raises:
+            ValueError: a file is damaged, or does not hold the tensors that the configuration promises.
+        """
+        name, wants_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
+        files = _packed_files(name, kwargs)
+        if files:
+            kwargs["config"] = kwargs.get("config") or cls.config_class.from_pretrained(name, **_hub_kwargs(kwargs))
+            kwargs["state_dict"] = _unpack(files)
+        model, info = super().from_pretrained(None if files else name, *args, output_loading_info=True, **kwargs)
         if wrong := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
             raise ValueError(
-                f"{pretrained_model_name_or_path} does not hold the tensors that its config.json describes: {len(wrong)} are "
-                f"missing or have another shape, such as {wrong[0]}. The download may be incomplete."
+                f"{name} does not hold the tensors that its config.json describes: {len(wrong)} are missing or have another "
+                f"shape, such as {wrong[0]}. The download may be incomplete."
             )
+        model.name_or_path = model.config.name_or_path = name
         model._mask_gradients()
         return (model, info) if wants_info else model
 
@@ -432,6 +469,49 @@ def _take_rows(tensor: Tensor, shape: torch.Size, rows: Tensor) -> Tensor:
     return tensor
 
 
+# Packed files ---------------------------------------------------------------------------------------------------------
+
+
+def _pack(files: Sequence[Path]) -> None:
+    """Rewrite safetensors files, as transformers wrote them, with every masked weight packed."""
+    tensors = {file: load_file(file) for file in files}
+    everything = {name: tensor for content in tensors.values() for name, tensor in content.items()}
+    masks = {
+        name: everything[name + masking.MASK_SUFFIX]
+        for name in everything
+        if name + masking.MASK_SUFFIX in everything and everything[name + masking.MASK_SUFFIX].dtype == torch.bool
+    }
+    mask_buffers = {name + masking.MASK_SUFFIX for name in masks}
+    for file, content in tensors.items():
+        kept = {name: tensor for name, tensor in content.items() if name not in mask_buffers}
+        storage.save_packed(file, kept, {name: mask for name, mask in masks.items() if name in kept}, {"format": "pt"})
+
+
+def _unpack(files: Sequence[str]) -> dict[str, Tensor]:
+    """The state dictionary of packed files."""
+    state: dict[str, Tensor] = {}
+    for file in files:
+        tensors, masks, _ = storage.load_packed(file)
+        state |= tensors | {name + masking.MASK_SUFFIX: mask for name, mask in masks.items()}
+    return state
+
+
+def _packed_files(name: str, kwargs: Mapping[str, Any]) -> list[str]:
+    """The local paths of a model's weight files if they are packed, else none."""
+    hub = _hub_kwargs(kwargs)
+
+    def find(file: str) -> str | None:
+        return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+
+    if index := find(SAFE_WEIGHTS_INDEX_NAME):
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        files = [find(shard) for shard in sorted(names)]
+    else:
+        files = [find(SAFE_WEIGHTS_NAME)]
+    found = [file for file in files if file is not None]
+    return found if found and storage.is_packed(found[0]) else []
+
+
 # Loading a backbone ---------------------------------------------------------------------------------------------------
 
 
@@ -475,8 +555,14 @@ def _load_backbone(
 
 
 def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
-    hub_kwargs = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
-    config = AutoConfig.from_pretrained(name, **hub_kwargs)
+    try:
+        config = AutoConfig.from_pretrained(name, **_hub_kwargs(kwargs))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise type(error)(
+            f"{name!r} is no local folder with a transformers or timm config.json, nor could it be read from the Hub ({reason}). "
+            "Check the spelling, the network, and `hf auth login` for private and gated models."
+        ) from error
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(
             f"{name} is a {config.model_type!r} model, and transformers has no image classifier of that type; pass the id of "
@@ -491,9 +577,13 @@ def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[s
 _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
 
 
+def _hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
+
+
 def _find_image_processor(name: str, kwargs: dict[str, Any]) -> BaseImageProcessor | None:
     try:
-        return AutoImageProcessor.from_pretrained(name, **{key: kwargs[key] for key in _HUB_KEYS if key in kwargs})
+        return AutoImageProcessor.from_pretrained(name, **_hub_kwargs(kwargs))
     except (OSError, ValueError):
         # Without one, size and normalisation come from the configuration or the caller.
         return None

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
@@ -229,6 +229,9 @@ class VPNsTrainer(Trainer):
         self, record: RunRecord, stages: tuple[Stage, ...], resume_from_checkpoint: str | bool | None
     ) -> Path | None:
         """Where to resume; drops from the record what comes after that checkpoint."""
+        if str(resume_from_checkpoint).lower() in ("true", "false"):
+            # Flags and YAML files give strings.
+            resume_from_checkpoint = str(resume_from_checkpoint).lower() == "true"
         if not resume_from_checkpoint:
             if record.finished or any(record.folder.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*")):
                 raise ValueError(f"{record.folder} holds an earlier run; pass `resume_from_checkpoint=True` to go on with it, or choose another `output_dir`.")
@@ -305,7 +308,7 @@ class VPNsTrainer(Trainer):
         """Save the stage's model and log, then record that it ended."""
         if self.args.should_save:
             temporary = folder / f"{MODEL_FOLDER}.tmp"
-            self.model.save_pretrained(temporary)
+            self.model.save_pretrained(temporary, packed=False)
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             shutil.rmtree(folder / MODEL_FOLDER, ignore_errors=True)
             os.replace(temporary, folder / MODEL_FOLDER)
@@ -322,6 +325,30 @@ class VPNsTrainer(Trainer):
         ]
         facts = [f"{self.state.global_step} steps", f"density {1 - self.model.sparsity:.2%}", *accuracies]
         print(f"[stage {index + 1} of {len(stages)}] {stage.name}: {', '.join(facts)}", flush=True)
+
+    @property
+    def finished_stages(self) -> list[FinishedStage]:
+        """The stages of the run in `args.output_dir` that have ended."""
+        return RunRecord.load(Path(self.args.output_dir), self.args.method).finished
+
+    def load_stage(self, name: str) -> PromptedSparseModel:
+        """The model as a finished stage left it.
+
+        Raises:
+            ValueError: no stage of that name has ended.
+        """
+        return PromptedSparseModel.from_pretrained(self._folder_of(name) / MODEL_FOLDER).to(self.args.device)
+
+    def logs(self) -> dict[str, list[dict[str, float]]]:
+        """What every finished stage logged, by stage name."""
+        names = [stage.name for stage in self.finished_stages]
+        return {name: TrainerState.load_from_json(str(self._folder_of(name) / TRAINER_STATE_NAME)).log_history for name in names}
+
+    def _folder_of(self, name: str) -> Path:
+        names = [stage.name for stage in self.finished_stages]
+        if name not in names:
+            raise ValueError(f"No stage {name!r} has ended in {self.args.output_dir}; finished: {', '.join(names) or 'none'}.")
+        return RunRecord(Path(self.args.output_dir), self.args.method, []).stage_folder(names.index(name), name)
 
     def _become(self, folder: Path) -> None:
         loaded = type(self.model).from_pretrained(folder)
@@ -452,11 +479,14 @@ class VPNsTrainer(Trainer):
     # Saving and loading -----------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        # As Trainer does it, but checkpoints are not packed and no pickle of the arguments is left beside the weights.
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save and not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            # A pickle; only checkpoints, which are not published, keep it.
-            (folder / TRAINING_ARGS_NAME).unlink()
+        packed = False if folder.name.startswith(PREFIX_CHECKPOINT_DIR) else None
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, packed=packed, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

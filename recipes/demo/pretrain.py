@@ -42,7 +42,7 @@ from transformers import (
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 STEPS_PER_EPOCH = 391  # 50,000 images in batches of 128
 RECIPE: dict[str, Any] = {
-    "num_train_epochs": 17,
+    "num_train_epochs": 15,
     "per_device_train_batch_size": 128,
     "per_device_eval_batch_size": 125,
     "learning_rate": 1e-3,

@@ -1,0 +1,232 @@
+"""Prune a pretrained image classifier with VPNs, and compare it with the same model fine-tuned densely.
+
+    accelerate launch recipes/prune_vit.py                                    # the embedded demo
+    accelerate launch recipes/prune_vit.py --config recipes/vit/vit_base_cifar100.yaml --sparsity 0.8
+
+Without `--config` the demo's recipe, `recipes/vit/demo.yaml`, is run. Every choice is made on the validation split; the
+test split is evaluated once, at the end. The output folder then holds the model, its image processor, `recipe.yaml`,
+`metrics.json`, `results.md`, `sparsity_report.json` and `figures/`. An interrupted run goes on with
+`--resume_from_checkpoint true`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import DatasetDict
+from rich.console import Console
+from transformers import AutoImageProcessor, BaseImageProcessor, set_seed
+from transformers.utils import logging
+
+from vpns_hf import PromptedSparseModel, SparsityReport, VPNsTrainer, VPNsTrainingArguments, load_transfer_dataset
+from vpns_hf.data import ImageTransforms, matching_image_processor
+from vpns_hf.recipe import DataArguments, ModelArguments, parse_recipe
+from vpns_hf.report import (
+    Result,
+    blocks_table,
+    plot_density,
+    plot_prompt,
+    plot_training,
+    results_markdown,
+    results_table,
+)
+
+DEMO = Path(__file__).parent / "vit" / "demo.yaml"
+PACKAGES = ("vpns-hf", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm")
+
+
+@dataclass
+class RecipeArguments:
+    """What this recipe does besides pruning."""
+
+    dense_reference: bool = field(
+        default=True, metadata={"help": "Also fine-tune the dense model, for as many optimizer steps, as a reference."}
+    )
+
+
+class Recipe:
+    """What the pruning run and its dense reference share: arguments, data, image processor.
+
+    Args:
+        model_args, data_args, args, recipe_args: the parsed arguments.
+    """
+
+    def __init__(
+        self,
+        model_args: ModelArguments,
+        data_args: DataArguments,
+        args: VPNsTrainingArguments,
+        recipe_args: RecipeArguments,
+    ):
+        self.model_args, self.data_args, self.args, self.recipe_args = model_args, data_args, args, recipe_args
+        self.folder = Path(args.output_dir)
+        self.hub = {"revision": model_args.model_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
+        self.splits = self._load_splits()
+
+    def _load_splits(self) -> DatasetDict:
+        data = self.data_args
+        return load_transfer_dataset(
+            data.dataset_name,
+            name=data.dataset_config_name,
+            image_column=data.image_column_name,
+            label_column=data.label_column_name,
+            train_split=data.train_split,
+            validation_split=data.validation_split,
+            test_split=data.test_split,
+            validation_fraction=data.validation_fraction,
+            seed=data.split_seed,
+            revision=data.dataset_revision,
+            cache_dir=self.model_args.cache_dir,
+            token=self.model_args.token,
+        )
+
+    def trainer(self, args: VPNsTrainingArguments) -> VPNsTrainer:
+        """A trainer of the freshly wrapped backbone; prompted batches are not augmented, unless asked for."""
+        set_seed(args.seed)
+        processor = self._load_processor()
+        model = self._build_model(processor)
+        size, mean, std = tuple(model.config.image_size), model.config.image_mean, model.config.image_std
+        processor = matching_image_processor(processor, size, mean, std)
+        self.transforms = ImageTransforms(processor, size, mean, std)
+        augmented, plain = (self.splits["train"].with_transform(view) for view in (self.transforms.train, self.transforms.eval))
+        return VPNsTrainer(
+            model=model,
+            args=args,
+            train_dataset=augmented,
+            prompted_train_dataset=augmented if self.data_args.augment_prompted else plain,
+            eval_dataset=self.splits["validation"].with_transform(self.transforms.eval),
+            processing_class=processor,
+        )
+
+    def _load_processor(self) -> BaseImageProcessor | None:
+        try:
+            return AutoImageProcessor.from_pretrained(self.model_args.model_name_or_path, **self.hub)
+        except (OSError, ValueError):
+            # Its absence only matters if the configuration does not give size, mean and std either.
+            return None
+
+    def _build_model(self, processor: BaseImageProcessor | None) -> PromptedSparseModel:
+        wanted = self.model_args
+        return PromptedSparseModel.from_backbone(
+            wanted.model_name_or_path,
+            sparsity=0.9 if self.args.sparsity is None else self.args.sparsity,
+            scope=wanted.scope,
+            prompt=wanted.prompt,
+            prompt_size=wanted.prompt_size,
+            prompt_inner_size=wanted.prompt_inner_size,
+            label_mapping=wanted.label_mapping,
+            keep_source_head=wanted.keep_source_head,
+            new_head=wanted.new_head,
+            id2label=dict(enumerate(self.splits["train"].features["label"].names)),
+            ignore_modules=wanted.ignore_modules,
+            image_size=wanted.image_size,
+            image_processor=processor,
+            **self.hub,
+        )
+
+    def dense_arguments(self, steps: int) -> VPNsTrainingArguments:
+        """Arguments of the reference: every weight tuned for this many optimizer steps, after the same warm-up of a new head."""
+        args = copy.copy(self.args)
+        args.method, args.output_dir, args.max_steps = "dense", str(self.folder / "dense"), steps
+        args.eval_prompt, args.push_to_hub = "without", False
+        return args
+
+    def provenance(self) -> str:
+        """`recipe.yaml`: the exact arguments, and as comments the package versions and what data they met."""
+        groups = (asdict(self.model_args), asdict(self.data_args), self.args.to_dict(), asdict(self.recipe_args))
+        arguments = {key: value for group in groups for key, value in group.items()} | {"token": None}
+        facts = {
+            "packages": {name: version(name) for name in PACKAGES},
+            "images": {name: split.num_rows for name, split in self.splits.items()},
+        }
+        comments = "".join(f"# {line}\n" for line in yaml.safe_dump(facts, sort_keys=False).splitlines())
+        return comments + yaml.safe_dump(json.loads(json.dumps(arguments, default=str)))
+
+
+def main() -> None:
+    """Prune, train the reference, save, and report."""
+    logging.disable_progress_bar()  # those of loading and saving weights; training keeps its own
+    recipe = Recipe(
+        *parse_recipe((ModelArguments, DataArguments, VPNsTrainingArguments, RecipeArguments), default_config=DEMO)
+    )
+    resume = recipe.args.resume_from_checkpoint
+    trainer = recipe.trainer(recipe.args)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    dense = None
+    if recipe.recipe_args.dense_reference:
+        steps = sum(stage.steps for stage in trainer.finished_stages if stage.name != "warm_up")
+        dense = recipe.trainer(recipe.dense_arguments(steps))
+        dense.train(resume_from_checkpoint=resume)
+        dense.save_model()
+    results = evaluate(recipe, trainer, dense)
+    if trainer.is_world_process_zero():
+        report(recipe, trainer, dense, results)
+    trainer.end()
+
+
+def evaluate(recipe: Recipe, trainer: VPNsTrainer, dense: VPNsTrainer | None) -> list[Result]:
+    """The rows of the table, each one pass over the test split without and one with the prompt."""
+    searched = VPNsTrainer(model=trainer.load_stage("search"), args=trainer.args, eval_dataset=trainer.eval_dataset)
+    rows = [("before tuning", searched), ("after tuning", trainer)]
+    if dense is not None:
+        rows = [("fine-tuned", dense), *rows]
+    return [measure(recipe, name, run) for name, run in rows]
+
+
+def measure(recipe: Recipe, name: str, run: VPNsTrainer) -> Result:
+    """Evaluate a model on the test split."""
+    metrics = run.evaluate(recipe.splits["test"].with_transform(recipe.transforms.eval), metric_key_prefix="test")
+    steps = {"before tuning": run.finished_stages[:-1]}.get(name, run.finished_stages)
+    weights = Path(run.args.output_dir) / "model.safetensors"
+    return Result(
+        name=f"{run.args.method} {name}",
+        sparsity=run.model.sparsity,
+        accuracy=metrics["test_accuracy"],
+        accuracy_prompted=metrics.get("test_accuracy_prompted"),
+        steps=sum(stage.steps for stage in steps),
+        file_bytes=None if name == "before tuning" else weights.stat().st_size,
+    )
+
+
+def report(recipe: Recipe, trainer: VPNsTrainer, dense: VPNsTrainer | None, results: list[Result]) -> None:
+    """Print the tables and write numbers and figures into the output folder."""
+    folder, sparsity = recipe.folder, trainer.model.sparsity_report()
+    console = Console()
+    console.print(results_table(results, title=f"Test split, {recipe.splits['test'].num_rows:,} images"))
+    console.print(blocks_table(sparsity))
+    (folder / "recipe.yaml").write_text(recipe.provenance(), encoding="utf-8")
+    (folder / "results.md").write_text(results_markdown(results) + "\n", encoding="utf-8")
+    (folder / "sparsity_report.json").write_text(sparsity.to_json(), encoding="utf-8")
+    metrics = {
+        "test": [asdict(result) for result in results],
+        "validation": {stage.name: stage.metrics for stage in trainer.finished_stages},
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+    draw(recipe, trainer, dense, sparsity)
+    console.print(f"The pruned model, its numbers and figures are in {folder}.")
+
+
+def draw(recipe: Recipe, trainer: VPNsTrainer, dense: VPNsTrainer | None, sparsity: SparsityReport) -> None:
+    """The three figures."""
+    figures = recipe.folder / "figures"
+    plot_density(sparsity, figures / "density.png")
+    reference = None if dense is None else {"dense fine-tuned": dense.finished_stages[-1].metrics["eval_accuracy"]}
+    plot_training(trainer.logs(), figures / "training.png", dense=reference)
+    if trainer.model.prompt is not None:
+        sample = recipe.splits["validation"].with_transform(recipe.transforms.eval)[0]
+        plot_prompt(trainer.model, sample["pixel_values"], figures / "prompt.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, ConnectionError, FileNotFoundError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

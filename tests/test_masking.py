@@ -1,0 +1,257 @@
+"""Selection, scores, straight-through gradients and frozen zeros, against hand-computed vectors."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from vpns_hf import masking
+from vpns_hf.masking import erk_densities, initial_scores, kept_count, select_masks
+
+
+def bits(text):
+    return torch.tensor([character == "1" for character in text])
+
+
+@pytest.mark.parametrize(
+    ("total", "sparsity", "kept"),
+    [(10, 0.1, 9), (10, 0.2, 8), (100, 0.1, 90), (10, 0.9, 1), (5, 0.5, 2), (15, 0.5, 8), (10, 0, 10), (10, 1, 0), (1000, 0.999, 1)],
+)
+def test_kept_count_rounds_half_to_even(total, sparsity, kept):
+    assert kept_count(total, sparsity) == kept
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.2, math.nan])
+def test_sparsity_outside_the_unit_interval_is_refused(sparsity):
+    with pytest.raises(ValueError, match="fraction in"):
+        select_masks({"a": torch.ones(3)}, sparsity)
+
+
+def test_global_and_layer_selection():
+    """The one-shot magnitude vector: global [0100|1011], layer [0110|1001]."""
+    scores = {"a": torch.tensor([0.1, 0.5, 0.3, 0.2]), "b": torch.tensor([1, 0.05, 0.45, 0.7])}
+    found = select_masks(scores, 0.5)
+    assert torch.equal(found["a"], bits("0100"))
+    assert torch.equal(found["b"], bits("1011"))
+    found = select_masks(scores, 0.5, "layer")
+    assert torch.equal(found["a"], bits("0110"))
+    assert torch.equal(found["b"], bits("1001"))
+
+
+def test_ties_go_to_earlier_tensors_and_lower_indices():
+    scores = {"b": torch.ones(2, 3), "a": torch.ones(4)}
+    found = select_masks(scores, 0.3)
+    assert torch.equal(found["b"], torch.ones(2, 3, dtype=torch.bool))
+    assert torch.equal(found["a"], bits("1000"))
+
+
+def test_memory_format_does_not_matter():
+    torch.manual_seed(0)
+    score = torch.randint(0, 5, (4, 3, 2, 2)).float()
+    expected = select_masks({"a": score}, 0.4)["a"]
+    for variant in (
+        score.to(memory_format=torch.channels_last),
+        score.transpose(0, 1).contiguous().transpose(0, 1),
+        score.bfloat16(),
+        score.half(),
+        score.double(),
+    ):
+        assert torch.equal(select_masks({"a": variant}, 0.4)["a"], expected)
+
+
+def test_erk_vectors():
+    shapes = {"a": torch.Size([10, 5]), "b": torch.Size([20, 10])}
+    assert erk_densities(shapes, 0.8) == pytest.approx({"a": 1 / 3, "b": 1 / 6})
+    shapes = {"a": torch.Size([8, 1, 1, 1]), "b": torch.Size([64, 64])}
+    assert erk_densities(shapes, 0.9) == pytest.approx({"a": 1, "b": 0.0982421875})
+    counts = {name: int(mask.sum()) for name, mask in select_masks({n: torch.rand(s) for n, s in shapes.items()}, 0.9, "erk").items()}
+    assert counts == {"a": 8, "b": 402}
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    sparsity=st.floats(0, 1),
+    levels=st.integers(1, 6),
+    scope=st.sampled_from(masking.SCOPES),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(deadline=None, max_examples=150)
+def test_counts_are_exact_and_kept_scores_are_the_largest(sizes, sparsity, levels, scope, dtype):
+    generator = torch.Generator().manual_seed(sum(sizes))
+    scores = {str(i): torch.randint(0, levels, (n,), generator=generator).to(dtype) for i, n in enumerate(sizes)}
+    masks = select_masks(scores, sparsity, scope)
+    if scope == "layer":
+        assert [int(mask.sum()) for mask in masks.values()] == [kept_count(n, sparsity) for n in sizes]
+    else:
+        assert sum(int(mask.sum()) for mask in masks.values()) == kept_count(sum(sizes), sparsity)
+    groups = [(torch.cat(list(scores.values())), torch.cat(list(masks.values())))]
+    if scope != "global":
+        groups = [(scores[name], masks[name]) for name in scores]
+    for score, mask in groups:
+        # A stable sort is an independent way to the same rule.
+        order = sorted(range(len(score)), key=lambda i: (-float(score[i]), i))
+        assert set(order[: int(mask.sum())]) == set(mask.nonzero().flatten().tolist())
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.9, 0.999, 1 - 1 / 5000])
+def test_exact_counts_with_ties_in_bf16(sparsity):
+    scores = {"a": torch.randn(4000).bfloat16(), "b": torch.randn(10, 100).bfloat16()}
+    kept = sum(int(mask.sum()) for mask in select_masks(scores, sparsity).values())
+    assert kept == round((1 - sparsity) * 5000)
+
+
+def test_nan_and_wrong_scope_are_refused():
+    with pytest.raises(ValueError, match="NaN"):
+        select_masks({"a": torch.tensor([1.0, math.nan])}, 0.5)
+    with pytest.raises(ValueError, match="global, layer, erk"):
+        select_masks({"a": torch.ones(2)}, 0.5, "row")
+    with pytest.raises(ValueError, match="nothing to select"):
+        select_masks({}, 0.5)
+
+
+def test_score_initialisation():
+    weight = torch.tensor([[0.5, -2.0], [1.0, 0.25], [0.0, -1.0]])
+    expected = math.sqrt(6 / 2) * weight / 2
+    torch.testing.assert_close(initial_scores(weight), expected)
+    kernel = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(initial_scores(kernel), math.sqrt(6 / 75) * kernel / kernel.abs().max())
+    assert torch.equal(initial_scores(torch.zeros(2, 2)), torch.zeros(2, 2))
+    assert initial_scores(weight.half()).dtype == torch.float32
+
+
+def linear(weight):
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    return layer
+
+
+def test_straight_through_gradient_of_the_hydra_toy():
+    """theta = (.5, -2, 1), x = (1, 2, 3), y = 2, k = 2: mask (0, 1, 1), ds = (-1.5, -12, -9), dtheta = (0, -6, -9).
+
+    The scores here start with the signs of the weights; ds carries sign(s).
+    """
+    layer = linear(torch.tensor([[0.5, -2.0, 1.0]]))
+    slots = masking.prunable_slots(layer)
+    masking.attach_scores(slots)
+    part = masking.masked_weights(slots)["weight"]
+    masking.update_masks(slots, 1 / 3, "global")
+    assert torch.equal(part.mask, bits("011").view(1, 3))
+    loss = (layer(torch.tensor([1.0, 2, 3])) - 2).square().sum() / 2
+    loss.backward()
+    weight_gradient = torch.tensor([[-3.0, -6, -9]])
+    torch.testing.assert_close(masking.stored_weight(slots["weight"]).grad, weight_gradient * part.mask)
+    weight = torch.tensor([[0.5, -2.0, 1.0]])
+    torch.testing.assert_close(part.scores.grad, weight * weight_gradient * part.scores.sign())
+    torch.testing.assert_close(part.scores.grad.abs(), torch.tensor([[1.5, 12, 9]]))
+
+
+def test_update_counts_flips():
+    layer = linear(torch.tensor([[1.0, 2, 3, 4]]))
+    slots = masking.prunable_slots(layer)
+    masking.attach_scores(slots)
+    assert masking.update_masks(slots, 0.5, "global") == 2
+    assert masking.update_masks(slots, 0.5, "global") == 0
+    with torch.no_grad():
+        masking.masked_weights(slots)["weight"].scores.copy_(torch.tensor([[4.0, 3, 2, 1]]))
+    assert masking.update_masks(slots, 0.5, "global") == 4
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, groups=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.norm = nn.BatchNorm2d(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.embedding = nn.Embedding(4, 8)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.norm(self.depthwise(self.conv(x))).flatten(2).transpose(1, 2) + self.token
+        return self.head(self.attention(x, x, x)[0].mean(1))
+
+
+def test_prunable_weights_are_those_of_linear_and_convolution_layers():
+    names = ["conv.weight", "depthwise.weight", "attention.in_proj_weight", "attention.out_proj.weight", "head.weight"]
+    assert list(masking.prunable_slots(Mixed())) == names
+    assert list(masking.prunable_slots(Mixed(), ["attention"])) == [n for n in names if not n.startswith("attention")]
+    assert list(masking.prunable_slots(Mixed(), ["out_proj"], skip=["head.weight"])) == names[:3]
+    with pytest.raises(ValueError, match="names 'headd'"):
+        masking.prunable_slots(Mixed(), ["headd"])
+
+
+def test_shared_weights_are_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"0\.weight and 1\.weight share"):
+        masking.prunable_slots(model)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_bare_parameters_are_masked_in_forward(training):
+    """The projection of nn.MultiheadAttention is no layer of its own; its mask must reach the output all the same."""
+    torch.manual_seed(0)
+    model, images = Mixed().train(training), torch.randn(2, 3, 8, 8)
+    slots = masking.prunable_slots(model)
+    masking.attach_scores(slots)
+    masking.update_masks(slots, 0.5, "layer")
+    searched = model(images)
+    masks = {name: part.mask.clone() for name, part in masking.masked_weights(slots).items()}
+    masking.detach_scores(slots)
+    dense = model(images)
+    masking.freeze(slots, masks)
+    torch.testing.assert_close(model(images), searched)
+    assert (searched - dense).abs().max() > 1e-4
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_frozen_weights_stay_exactly_zero(optimizer, autocast):
+    torch.manual_seed(0)
+    model = Mixed()
+    slots = masking.prunable_slots(model)
+    masks = select_masks({name: masking.stored_weight(slot).abs() for name, slot in slots.items()}, 0.7, "layer")
+    masking.freeze(slots, masks)
+    masking.mask_gradients(slots)
+    stepper = OPTIMIZERS[optimizer](model.parameters())
+    before = {name: masking.stored_weight(slot).detach().clone() for name, slot in slots.items()}
+    for _ in range(5):
+        stepper.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        stepper.step()
+    for name, slot in slots.items():
+        weight = masking.stored_weight(slot)
+        assert (weight[~masks[name]] == 0).all()
+        assert (weight[masks[name]] != before[name][masks[name]]).any()
+
+
+def test_momentum_of_an_older_optimizer_leaks_and_is_undone():
+    """Momentum gathered before freezing moves a pruned weight; writing the zeros again is what the trainer does."""
+    layer = linear(torch.tensor([[1.0, 2.0]]))
+    stepper = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.ones(2)).sum().backward()
+    stepper.step()
+    slots = masking.prunable_slots(layer)
+    masking.freeze(slots, {"weight": bits("01").view(1, 2)})
+    masking.mask_gradients(slots)
+    stepper.zero_grad()
+    layer(torch.ones(2)).sum().backward()
+    stepper.step()
+    assert layer.weight[0, 0].item() == pytest.approx(-0.09)
+    masking.zero_masked_weights(slots)
+    assert layer.weight[0, 0] == 0

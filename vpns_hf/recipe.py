@@ -1,0 +1,126 @@
+"""Recipes: dataclass arguments from a YAML file and command-line flags, where flags win."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+@dataclass
+class ModelArguments:
+    """Which backbone is pruned, and how it is wrapped; see [`PromptedSparseModel.from_backbone`]."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub id or local folder of an image classifier (transformers or timm)."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the backbone."})
+    token: str | None = field(default=None, metadata={"help": "Hub token; the one of `hf auth login` when not given."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are cached."})
+    scope: str = field(default="global", metadata={"help": "What is ranked together: global, layer or erk."})
+    prompt: str | None = field(default="pad", metadata={"help": "Visual prompt: pad, or none."})
+    prompt_size: int = field(default=16, metadata={"help": "Width of the prompt in pixels."})
+    prompt_inner_size: int | None = field(
+        default=None, metadata={"help": "Side to which prompted images are shrunk inside the prompt; overlaid when not given."}
+    )
+    label_mapping: str | None = field(default=None, metadata={"help": "frequency: keep the pretrained head and map its classes."})
+    keep_source_head: bool = field(default=False, metadata={"help": "With a label mapping, keep all source classes in the head."})
+    new_head: bool | None = field(
+        default=None, metadata={"help": "Create the head anew; when not given, only if the label count differs."}
+    )
+    ignore_modules: list[str] = field(default_factory=list, metadata={"help": "Modules that are never pruned."})
+    image_size: int | None = field(default=None, metadata={"help": "Side of the input in pixels; the backbone's own when not given."})
+
+    def __post_init__(self) -> None:
+        if self.prompt in ("none", "None", ""):
+            self.prompt = None
+
+
+@dataclass
+class DataArguments:
+    """Which data set the subnetwork is for; see [`load_transfer_dataset`]."""
+
+    dataset_name: str = field(
+        metadata={"help": "A transfer task (cifar100, dtd, ...), a Hub id, or a local folder (image folders, parquet or arrow files)."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the data set."})
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images; found when not given."})
+    label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels; found when not given."})
+    train_split: str | None = field(default=None, metadata={"help": "Split to train on."})
+    validation_split: str | None = field(default=None, metadata={"help": "Split for every choice; carved from train when there is none."})
+    test_split: str | None = field(default=None, metadata={"help": "Split that is evaluated once, at the end."})
+    validation_fraction: float = field(default=0.1, metadata={"help": "Share of train that a carved validation split takes."})
+    split_seed: int = field(default=42, metadata={"help": "Seed of that carving; the same for every training seed."})
+    augment_prompted: bool = field(
+        default=False, metadata={"help": "Augment prompted batches like plain ones (the released code does not)."}
+    )
+
+
+def parse_recipe(
+    argument_classes: Sequence[type], arguments: Iterable[str] | None = None, default_config: Path | None = None
+) -> tuple[Any, ...]:
+    """Read `[--config file.yaml] [--flag value]` into dataclasses.
+
+    In the YAML file a string that starts with `./` or `../` is a path relative to the file.
+
+    Args:
+        argument_classes: dataclasses, whose fields are the valid keys and flags.
+        arguments: the command line; None: `sys.argv[1:]`.
+        default_config: the YAML file used when no `--config` is given.
+
+    Returns:
+        One instance of each class.
+
+    Raises:
+        ValueError: an unknown key or flag (names the nearest valid one), a value that does not fit, an unreadable file.
+    """
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    config = default_config
+    if "--config" in rest:
+        position = rest.index("--config")
+        if position + 1 == len(rest):
+            raise ValueError("`--config` needs the path of a YAML file.")
+        config = Path(rest[position + 1])
+        del rest[position : position + 2]
+    parser = HfArgumentParser(argument_classes, description="Flags win over the YAML file given by --config.")
+    if config is not None:
+        values = _read_yaml(config)
+        _check_names(values, argument_classes, f"{config}: unknown key")
+        for action in parser._actions:
+            action.required = action.required and action.dest not in values
+        parser.set_defaults(**values)
+    *parsed, unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
+    _check_names([flag.lstrip("-") for flag in unknown], argument_classes, "unknown argument")
+    return tuple(parsed)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"The recipe {path} cannot be read ({error.strerror}); pass `--config` with the path of a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, one for each argument.")
+    return {key: _resolve(value, path.parent) for key, value in content.items()}
+
+
+def _resolve(value: Any, folder: Path) -> Any:
+    is_relative = isinstance(value, str) and value.startswith(("./", "../"))
+    return str((folder / value).resolve()) if is_relative else value
+
+
+def _check_names(names: Iterable[str], argument_classes: Sequence[type], complaint: str) -> None:
+    valid = [entry.name for cls in argument_classes for entry in dataclasses.fields(cls) if entry.init]
+    for name in names:
+        if name not in valid:
+            nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else "; `--help` lists the valid ones."
+            raise ValueError(f"{complaint} {name!r}{hint}")
