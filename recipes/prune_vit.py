@@ -3,9 +3,9 @@
     accelerate launch recipes/prune_vit.py                                    # the embedded demo
     accelerate launch recipes/prune_vit.py --config recipes/vit/vit_base_cifar100.yaml --sparsity 0.8
 
-Without `--config` the demo's recipe, `recipes/vit/demo.yaml`, is run. Every choice is made on the validation split; the
-test split is evaluated once, at the end. The output folder then holds the model, its image processor, `recipe.yaml`,
-`metrics.json`, `results.md`, `sparsity_report.json` and `figures/`. An interrupted run goes on with
+Without `--config` the demo's recipe, `recipes/vit/demo.yaml`, is run. Every choice is made on the validation split;
+the test split is evaluated once, at the end. The output folder then holds the model, its image processor,
+`recipe.yaml`, `metrics.json`, `results.md`, `sparsity_report.json` and `figures/`. An interrupted run goes on with
 `--resume_from_checkpoint true`.
 """
 
@@ -17,7 +17,6 @@ import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import yaml
 from datasets import DatasetDict
@@ -67,7 +66,11 @@ class Recipe:
     ):
         self.model_args, self.data_args, self.args, self.recipe_args = model_args, data_args, args, recipe_args
         self.folder = Path(args.output_dir)
-        self.hub = {"revision": model_args.model_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
+        self.hub = {
+            "revision": model_args.model_revision,
+            "token": model_args.token,
+            "cache_dir": model_args.cache_dir,
+        }
         self.splits = self._load_splits()
 
     def _load_splits(self) -> DatasetDict:
@@ -95,7 +98,9 @@ class Recipe:
         size, mean, std = tuple(model.config.image_size), model.config.image_mean, model.config.image_std
         processor = matching_image_processor(processor, size, mean, std)
         self.transforms = ImageTransforms(processor, size, mean, std)
-        augmented, plain = (self.splits["train"].with_transform(view) for view in (self.transforms.train, self.transforms.eval))
+        augmented, plain = (
+            self.splits["train"].with_transform(view) for view in (self.transforms.train, self.transforms.eval)
+        )
         return VPNsTrainer(
             model=model,
             args=args,
@@ -132,7 +137,7 @@ class Recipe:
         )
 
     def dense_arguments(self, steps: int) -> VPNsTrainingArguments:
-        """Arguments of the reference: every weight tuned for this many optimizer steps, after the same warm-up of a new head."""
+        """Arguments of the reference: all weights tuned for this many steps, after the same warm-up of a new head."""
         args = copy.copy(self.args)
         args.method, args.output_dir, args.max_steps = "dense", str(self.folder / "dense"), steps
         args.eval_prompt, args.push_to_hub = "without", False

@@ -37,7 +37,9 @@ CONFIGS = {
     "beit": lambda: BeitConfig(**TRANSFORMER, num_labels=6, use_mean_pooling=True),
     "swin": lambda: SwinConfig(**SWIN, num_labels=6),
     "swinv2": lambda: Swinv2Config(**SWIN, num_labels=6),
-    "resnet": lambda: ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=6),
+    "resnet": lambda: ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=6
+    ),
     "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=4, num_labels=6),
     "mobilenet_v2": lambda: MobileNetV2Config(image_size=32, depth_multiplier=0.25, num_labels=6),
     "timm_vit": lambda: _timm("test_vit", img_size=32),
@@ -52,8 +54,11 @@ def tiny_backbone(family: str) -> PreTrainedModel:
 
 
 def tiny_model(backbone: str | PreTrainedModel = "vit", **kwargs) -> PromptedSparseModel:
-    """The same, wrapped: half of each layer pruned (so that gradients pass) and a pad prompt of 4 pixels by default."""
-    settings = dict(sparsity=0.5, scope="layer", prompt_size=4, image_size=32, image_mean=[0.5] * 3, image_std=[0.5] * 3) | kwargs
+    """The same, wrapped; by default half of each layer is pruned, so that gradients pass everywhere."""
+    settings = (
+        dict(sparsity=0.5, scope="layer", prompt_size=4, image_size=32, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        | kwargs
+    )
     if isinstance(backbone, str):
         backbone = tiny_backbone(backbone)
     return PromptedSparseModel.from_backbone(backbone, **settings).eval()

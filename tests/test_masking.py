@@ -18,7 +18,17 @@ def bits(text):
 
 @pytest.mark.parametrize(
     ("total", "sparsity", "kept"),
-    [(10, 0.1, 9), (10, 0.2, 8), (100, 0.1, 90), (10, 0.9, 1), (5, 0.5, 2), (15, 0.5, 8), (10, 0, 10), (10, 1, 0), (1000, 0.999, 1)],
+    [
+        (10, 0.1, 9),
+        (10, 0.2, 8),
+        (100, 0.1, 90),
+        (10, 0.9, 1),
+        (5, 0.5, 2),
+        (15, 0.5, 8),
+        (10, 0, 10),
+        (10, 1, 0),
+        (1000, 0.999, 1),
+    ],
 )
 def test_kept_count_rounds_half_to_even(total, sparsity, kept):
     assert kept_count(total, sparsity) == kept
@@ -67,7 +77,10 @@ def test_erk_vectors():
     assert erk_densities(shapes, 0.8) == pytest.approx({"a": 1 / 3, "b": 1 / 6})
     shapes = {"a": torch.Size([8, 1, 1, 1]), "b": torch.Size([64, 64])}
     assert erk_densities(shapes, 0.9) == pytest.approx({"a": 1, "b": 0.0982421875})
-    counts = {name: int(mask.sum()) for name, mask in select_masks({n: torch.rand(s) for n, s in shapes.items()}, 0.9, "erk").items()}
+    counts = {
+        name: int(mask.sum())
+        for name, mask in select_masks({n: torch.rand(s) for n, s in shapes.items()}, 0.9, "erk").items()
+    }
     assert counts == {"a": 8, "b": 402}
 
 

@@ -12,7 +12,12 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 def pad(height=32, width=32, size=4, inner=None):
     config = PromptedSparseConfig(
-        prompt="pad", prompt_size=size, image_size=[height, width], image_mean=MEAN, image_std=STD, prompt_inner_size=inner
+        prompt="pad",
+        prompt_size=size,
+        image_size=[height, width],
+        image_mean=MEAN,
+        image_std=STD,
+        prompt_inner_size=inner,
     )
     return build_prompt(config)
 
@@ -100,7 +105,7 @@ def test_refusals():
         pad(inner=[40, 20])
     with pytest.raises(ValueError, match="made for images of"):
         pad()(torch.zeros(1, 3, 16, 16))
-    with pytest.raises(ValueError, match="needs `image_mean`"):
+    with pytest.raises(ValueError, match="The image mean is needed"):
         PadPrompt(PromptedSparseConfig(image_size=[32, 32], image_std=STD))
     with pytest.raises(ValueError, match="expected None or one of pad"):
         build_prompt(PromptedSparseConfig(prompt="frame", image_size=[32, 32], image_mean=MEAN, image_std=STD))

@@ -44,7 +44,11 @@ class Images(Dataset):
 
 def make_trainer(folder, model, **kwargs):
     callbacks = kwargs.pop("callbacks", None)
-    data = {name: kwargs.pop(name) for name in ("train_dataset", "prompted_train_dataset", "eval_dataset") if name in kwargs}
+    data = {
+        name: kwargs.pop(name)
+        for name in ("train_dataset", "prompted_train_dataset", "eval_dataset")
+        if name in kwargs
+    }
     data = {"train_dataset": Images(), "prompted_train_dataset": Images(augment=False)} | data
     args = VPNsTrainingArguments(output_dir=str(folder), **SMALL | {"eval_strategy": "no"} | kwargs)
     return VPNsTrainer(model=model, args=args, callbacks=callbacks, **data)
@@ -82,7 +86,9 @@ def test_search_keeps_weights_and_tune_keeps_masks(family, tmp_path):
     class Watch(TrainerCallback):
         def on_train_end(self, args, state, control, model, **kwargs):
             if args.output_dir.endswith("search"):
-                seen["weights"] = {name: p.detach().clone() for name, p in model.named_parameters() if name in pretrained}
+                seen["weights"] = {
+                    name: p.detach().clone() for name, p in model.named_parameters() if name in pretrained
+                }
                 seen["masks"] = {name: mask.clone() for name, mask in model.masks().items()}
                 seen["prompt"] = model.prompt.top.detach().clone()
 
@@ -101,7 +107,11 @@ def test_search_keeps_weights_and_tune_keeps_masks(family, tmp_path):
     assert model.config.state == "frozen"
     assert all(torch.equal(mask, seen["masks"][name]) for name, mask in model.masks().items())
     weights = dict(model.backbone.named_parameters())
-    assert any(not torch.equal(weights[name], pretrained[f"backbone.{name}"]) for name in weights if f"backbone.{name}" in pretrained)
+    assert any(
+        not torch.equal(weights[name], pretrained[f"backbone.{name}"])
+        for name in weights
+        if f"backbone.{name}" in pretrained
+    )
 
 
 @pytest.mark.parametrize("family", ["vit", "resnet"])
@@ -112,7 +122,11 @@ def test_resume_equals_the_uninterrupted_run(family, stage, step, tmp_path):
     whole.train()
 
     stopped = make_trainer(
-        tmp_path / "stopped", fresh(family), eval_dataset=Images(8, augment=False), callbacks=[StopAt(stage, step)], **settings
+        tmp_path / "stopped",
+        fresh(family),
+        eval_dataset=Images(8, augment=False),
+        callbacks=[StopAt(stage, step)],
+        **settings,
     )
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
@@ -204,7 +218,9 @@ def test_accumulated_loss_of_resnet_is_not_scaled(tmp_path):
             save_strategy="no",
         )
         trainer.train()
-        losses[steps] = json.loads((tmp_path / str(steps) / "0-search/trainer_state.json").read_text())["log_history"][0]
+        losses[steps] = json.loads((tmp_path / str(steps) / "0-search/trainer_state.json").read_text())["log_history"][
+            0
+        ]
     assert losses[4]["loss"] / losses[1]["loss"] == pytest.approx(1, abs=1e-3)
     assert losses[4]["grad_norm"] / losses[1]["grad_norm"] == pytest.approx(1, abs=1e-3)
 
@@ -231,7 +247,10 @@ def test_new_head_is_warmed_up_alone_and_carried_over(tmp_path):
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args, state, control, model, **kwargs):
-            snapshots[f"{args.output_dir.split('-')[-1]} begins"] = (model.backbone.classifier.weight.detach().clone(), model.sparsity)
+            snapshots[f"{args.output_dir.split('-')[-1]} begins"] = (
+                model.backbone.classifier.weight.detach().clone(),
+                model.sparsity,
+            )
 
         def on_train_end(self, args, state, control, model, **kwargs):
             name = args.output_dir.split("-")[-1]
@@ -240,7 +259,9 @@ def test_new_head_is_warmed_up_alone_and_carried_over(tmp_path):
                 assert all(torch.equal(p, body[n]) for n, p in model.named_parameters() if n in body)
 
     data = Images(classes=3)
-    make_trainer(tmp_path, model, callbacks=[Watch()], train_dataset=data, prompted_train_dataset=data, save_strategy="no").train()
+    make_trainer(
+        tmp_path, model, callbacks=[Watch()], train_dataset=data, prompted_train_dataset=data, save_strategy="no"
+    ).train()
     assert [path.name for path in sorted(tmp_path.glob("?-*"))] == ["0-warm_up", "1-search", "2-tune"]
     assert snapshots["warm_up begins"][1] == 0
     assert not torch.equal(snapshots["warm_up begins"][0], snapshots["warm_up ends"][0])
@@ -347,7 +368,15 @@ def test_bf16_keeps_zeros_and_masks(tmp_path):
 
 
 def test_max_steps_bound_the_stages(tmp_path):
-    trainer = make_trainer(tmp_path, fresh(num_labels=3), train_dataset=Images(classes=3), prompted_train_dataset=None, max_steps=2, search_max_steps=3, save_strategy="no")
+    trainer = make_trainer(
+        tmp_path,
+        fresh(num_labels=3),
+        train_dataset=Images(classes=3),
+        prompted_train_dataset=None,
+        max_steps=2,
+        search_max_steps=3,
+        save_strategy="no",
+    )
     trainer.train()
     steps = [stage["steps"] for stage in json.loads((tmp_path / "stages.json").read_text())["finished"]]
     assert steps == [2, 3, 2]
@@ -365,12 +394,21 @@ def test_roles_have_their_own_optimizer_rate_and_schedule(tmp_path):
             }
 
     trainer = make_trainer(
-        tmp_path, fresh(), callbacks=[Watch()], save_strategy="no", score_learning_rate=3e-3, prompt_learning_rate=5e-2, optim="adamw_torch",
+        tmp_path,
+        fresh(),
+        callbacks=[Watch()],
+        save_strategy="no",
+        score_learning_rate=3e-3,
+        prompt_learning_rate=5e-2,
+        optim="adamw_torch",
         score_lr_scheduler_type="constant",
     )
     trainer.train()
     assert seen["search"] == {"scores": ("Adam", 3e-3, None), "prompt": ("Adam", 1e-2, None)}
-    assert {role: value[:2] for role, value in seen["tune"].items()} == {"prompt": ("AdamW", 5e-2), "weights": ("AdamW", 1e-2)}
+    assert {role: value[:2] for role, value in seen["tune"].items()} == {
+        "prompt": ("AdamW", 5e-2),
+        "weights": ("AdamW", 1e-2),
+    }
 
 
 def test_frequency_mapping_slices_the_head(tmp_path):
@@ -378,15 +416,26 @@ def test_frequency_mapping_slices_the_head(tmp_path):
     before, data = model.backbone.classifier.weight.detach().clone(), Images(classes=3, augment=False)
     model.set_sparsity(0)
     predicted = model(data.images).logits.argmax(-1).detach()
-    trainer = make_trainer(tmp_path, model, train_dataset=data, prompted_train_dataset=data, save_strategy="no", max_steps=1)
+    trainer = make_trainer(
+        tmp_path, model, train_dataset=data, prompted_train_dataset=data, save_strategy="no", max_steps=1
+    )
     trainer.train()
     mapped = model.config.mapped_labels
     assert len(set(mapped)) == 3
-    assert mapped[0] == torch.bincount(predicted[data.labels == 0], minlength=6).argmax() or len(set(predicted.tolist())) > 1
+    assert (
+        mapped[0] == torch.bincount(predicted[data.labels == 0], minlength=6).argmax()
+        or len(set(predicted.tolist())) > 1
+    )
     assert model.backbone.classifier.weight.shape == (3, 32)
     assert model(data.images).logits.shape == (16, 3)
     assert before.shape == (6, 32)
-    resumed = make_trainer(tmp_path, fresh(label_mapping="frequency", num_labels=3), train_dataset=data, prompted_train_dataset=data, max_steps=1)
+    resumed = make_trainer(
+        tmp_path,
+        fresh(label_mapping="frequency", num_labels=3),
+        train_dataset=data,
+        prompted_train_dataset=data,
+        max_steps=1,
+    )
     resumed.train(resume_from_checkpoint=True)
     assert_same(resumed.model, model)
 
@@ -398,7 +447,7 @@ def test_clear_refusals(tmp_path):
         make_trainer(tmp_path, tiny_backbone("vit"))
     with pytest.raises(ValueError, match="expected one of vpns"):
         VPNsTrainingArguments(output_dir=str(tmp_path), method="vpn")
-    with pytest.raises(ValueError, match="`sparsity` is 1.2"):
+    with pytest.raises(ValueError, match=r"`sparsity` is 1.2"):
         VPNsTrainingArguments(output_dir=str(tmp_path), sparsity=1.2)
     with pytest.raises(ValueError, match="is no checkpoint of the run"):
         make_trainer(tmp_path, fresh()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

@@ -1,4 +1,4 @@
-"""Visual prompting upgrades network sparsification: prune pretrained vision models with masks and prompts learned together."""
+"""Prune pretrained vision models with masks and visual prompts learned together (VPNs, arXiv 2312.01397)."""
 
 from transformers import AutoConfig, AutoModelForImageClassification
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 STATES = ("dense", "search", "frozen")
+
+
+class ImageGeometry(NamedTuple):
+    """What images look like to a model: (height, width) in pixels, and mean and std of each channel."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class PromptedSparseConfig(PreTrainedConfig):
@@ -51,7 +59,7 @@ class PromptedSparseConfig(PreTrainedConfig):
     model_type = "prompted_sparse"
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012
 
-    backbone_config: PreTrainedConfig | dict[str, Any] | None = None
+    backbone_config: Any = None
     state: str = "dense"
     sparsity: float = 0.9
     scope: str = "global"
@@ -75,6 +83,22 @@ class PromptedSparseConfig(PreTrainedConfig):
         if isinstance(self.backbone_config, dict):
             self.backbone_config = _rebuild(self.backbone_config)
         super().__post_init__(**kwargs)
+
+    @property
+    def geometry(self) -> ImageGeometry:
+        """Size and normalisation of the model's input.
+
+        Raises:
+            ValueError: they are not known.
+        """
+        for name, value in (("size", self.image_size), ("mean", self.image_mean), ("std", self.image_std)):
+            if value is None:
+                raise ValueError(
+                    f"The image {name} is needed, but neither the image processor nor the backbone's configuration gives "
+                    f"it; pass `image_{name}=...` or `image_processor=...`."
+                )
+        height, width = self.image_size or ()
+        return ImageGeometry((height, width), tuple(self.image_mean or ()), tuple(self.image_std or ()))
 
 
 def _rebuild(config: dict[str, Any]) -> PreTrainedConfig:

@@ -27,9 +27,10 @@ def map_labels(counts: Tensor, method: str = "frequency") -> Tensor:
     """Choose a source class for every target class.
 
     Args:
-        counts: integer tensor [source, target]: how often the pretrained model predicted that source class on images of
-            that target class.
-        method: `"frequency"`, the greedy one-to-one matching of the most frequent pairs (FLM; Chen et al., arXiv 2211.11635).
+        counts: integer tensor [source, target]: how often the pretrained model predicted that source class on images
+            of that target class.
+        method: `"frequency"`, the greedy one-to-one matching of the most frequent pairs (FLM; Chen et al., arXiv
+            2211.11635).
 
     Returns:
         LongTensor of one distinct source class per target class.
@@ -41,7 +42,8 @@ def map_labels(counts: Tensor, method: str = "frequency") -> Tensor:
         raise ValueError(f"`label_mapping` is {method!r}; expected None or one of {', '.join(LABEL_MAPPINGS)}.")
     if counts.shape[0] < counts.shape[1]:
         raise ValueError(
-            f"A one-to-one label mapping needs at least as many source as target classes; there are {counts.shape[0]} and "
+            "A one-to-one label mapping needs at least as many source as target classes; there are "
+            f"{counts.shape[0]} and "
             f"{counts.shape[1]}. Use a new head instead (`label_mapping=None`)."
         )
     return LABEL_MAPPINGS[method](counts)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class Slot(NamedTuple):
     tensor_name: str
 
 
-# Selection ------------------------------------------------------------------------------------------------------------
+# Selection -----------------------------------------------------------------------------------------------------------
 
 
 def kept_count(total: int, sparsity: float) -> int:
@@ -93,14 +93,15 @@ def select_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str = "gl
     """Keep exactly the largest scores.
 
     Args:
-        scores: one tensor of any shape, dtype and memory format per weight; larger = keep (no absolute value is taken).
+        scores: one tensor of any shape, dtype and memory format per weight; larger = keep (no absolute value is
+            taken).
         sparsity: fraction to remove, in [0, 1]; `round((1 - sparsity) * N)` weights are kept.
-        scope: `"global"` ranks all tensors together; `"layer"` keeps that count in each tensor; `"erk"` keeps the global
-            count, spread over tensors by [`erk_densities`] and rounded by largest remainder.
+        scope: `"global"` ranks all tensors together; `"layer"` keeps that count in each tensor; `"erk"` keeps the
+            global count, spread over tensors by [`erk_densities`] and rounded by largest remainder.
 
     Returns:
-        One contiguous bool tensor per score, True where the weight is kept. Ties are broken by the order of the dictionary,
-        then by row-major index.
+        One contiguous bool tensor per score, True where the weight is kept. Ties are broken by the order of the
+        dictionary, then by row-major index.
 
     Raises:
         ValueError: sparsity outside [0, 1], unknown scope, no scores, or NaN among them.
@@ -119,7 +120,7 @@ def select_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str = "gl
     return {name: part.view(score.shape).clone() for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 
-# Prunable weights -----------------------------------------------------------------------------------------------------
+# Prunable weights ----------------------------------------------------------------------------------------------------
 
 _MULTIHEAD_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -133,13 +134,15 @@ def _weight_names(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-def prunable_slots(backbone: nn.Module, ignore_modules: Iterable[str] = (), skip: Iterable[str] = ()) -> dict[str, Slot]:
+def prunable_slots(
+    backbone: nn.Module, ignore_modules: Iterable[str] = (), skip: Iterable[str] = ()
+) -> dict[str, Slot]:
     """Weights of linear and convolution layers (never biases, norms, tokens or position embeddings), in module order.
 
     Args:
         backbone: a model in any state.
-        ignore_modules: module names, whole (`"vit.layers.0.mlp"`) or their end (`"patch_embed.proj"`), left out with all
-            below them.
+        ignore_modules: module names, whole (`"vit.layers.0.mlp"`) or their end (`"patch_embed.proj"`), left out with
+            all below them.
         skip: weight names to leave out.
 
     Raises:
@@ -156,7 +159,10 @@ def prunable_slots(backbone: nn.Module, ignore_modules: Iterable[str] = (), skip
             if full_name in set(skip):
                 continue
             if (owner := owners.setdefault(id(stored_weight(slot)), full_name)) != full_name:
-                raise ValueError(f"{owner} and {full_name} share one weight, which cannot be masked twice; list one in `ignore_modules`.")
+                raise ValueError(
+                    f"{owner} and {full_name} share one weight, which cannot be masked twice; list one in "
+                    "`ignore_modules`."
+                )
             slots[full_name] = slot
     return slots
 
@@ -164,22 +170,32 @@ def prunable_slots(backbone: nn.Module, ignore_modules: Iterable[str] = (), skip
 def _matching_modules(entry: str, modules: Mapping[str, nn.Module]) -> list[str]:
     found = [name for name in modules if name and (name == entry or name.endswith(f".{entry}"))]
     if not found:
-        raise ValueError(f"`ignore_modules` names {entry!r}, which is no module of the backbone, such as {max(modules, key=len)!r}.")
+        raise ValueError(
+            f"`ignore_modules` names {entry!r}, which is no module of the backbone, such as {max(modules, key=len)!r}."
+        )
     return found
 
 
 def stored_weight(slot: Slot) -> Tensor:
     """The parameter that stores the weight itself, whether or not it is parametrized."""
     if parametrize.is_parametrized(slot.module, slot.tensor_name):
-        return slot.module.parametrizations[slot.tensor_name].original
+        return cast(Tensor, _parametrizations(slot).original)
     return slot.module.get_parameter(slot.tensor_name)
 
 
-# Search state ---------------------------------------------------------------------------------------------------------
+def _parametrizations(slot: Slot) -> parametrize.ParametrizationList:
+    by_tensor = cast(nn.ModuleDict, slot.module.parametrizations)
+    return cast(parametrize.ParametrizationList, by_tensor[slot.tensor_name])
+
+
+# Search state --------------------------------------------------------------------------------------------------------
 
 
 class _StraightThroughMask(torch.autograd.Function):
-    """Forward `weight * mask`; backward as if the mask were |scores|: dL/dscores = weight * dL/dmasked * sign(scores)."""
+    """Forward `weight * mask`, backward as if the mask were |scores|.
+
+    So dL/dscores = weight * dL/dmasked * sign(scores), for kept and pruned weights alike (HYDRA, arXiv 2002.10509).
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
@@ -187,7 +203,7 @@ class _StraightThroughMask(torch.autograd.Function):
         return torch.where(mask, weight, 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weight, scores, mask = ctx.saved_tensors
         weight_grad = torch.where(mask, grad, 0) if ctx.needs_input_grad[0] else None
         score_grad = (grad * weight).to(scores.dtype) * scores.sign() if ctx.needs_input_grad[1] else None
@@ -238,7 +254,7 @@ def detach_scores(slots: Mapping[str, Slot]) -> None:
 
 def masked_weights(slots: Mapping[str, Slot]) -> dict[str, MaskedWeight]:
     """The parametrization of each weight, by weight name; search state only."""
-    return {name: slot.module.parametrizations[slot.tensor_name][0] for name, slot in slots.items()}
+    return {name: cast(MaskedWeight, _parametrizations(slot)[0]) for name, slot in slots.items()}
 
 
 @torch.no_grad()
@@ -253,7 +269,7 @@ def update_masks(slots: Mapping[str, Slot], sparsity: float, scope: str) -> int:
     return flips
 
 
-# Frozen state ---------------------------------------------------------------------------------------------------------
+# Frozen state --------------------------------------------------------------------------------------------------------
 
 
 def freeze(slots: Mapping[str, Slot], masks: Mapping[str, Tensor]) -> None:
@@ -285,8 +301,8 @@ def zero_masked_weights(slots: Mapping[str, Slot]) -> None:
 def mask_gradients(slots: Mapping[str, Slot]) -> None:
     """Hook the weights so that pruned entries get no gradient.
 
-    An optimizer made afterwards then holds no momentum or second moment for them and weight decay keeps 0 at 0, so they
-    stay exactly zero in any training loop.
+    An optimizer made afterwards then holds no momentum or second moment for them and weight decay keeps 0 at 0, so
+    they stay exactly zero in any training loop.
     """
     for slot in slots.values():
         weight = stored_weight(slot)

@@ -13,9 +13,9 @@ class Stage:
     Args:
         name: shown in logs and in the folder of its checkpoints.
         roles: what trains: any of `scores`, `prompt`, `head` (a new head) and `weights`.
-        state: what the mask does. `"search"`: weights are masked by the mask selected from the scores, refreshed after every
-            optimizer step if the scores train. `"frozen"`: the mask is fixed and the zeros are written into the weights.
-            `"dense"`: nothing is masked.
+        state: what the mask does. `"search"`: weights are masked by the mask selected from the scores, refreshed after
+            every optimizer step if the scores train. `"frozen"`: the mask is fixed and the zeros are written into the
+            weights. `"dense"`: nothing is masked.
         length: whose epochs and steps of the arguments apply: `"warm_up"`, `"search"` or `"tune"`.
         prompted: whether prompted batches are mixed in as `prompt_mixing` says; if not, every batch is plain.
         sparsity: replaces the sparsity asked for; 0 keeps every weight.

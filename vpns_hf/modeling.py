@@ -41,9 +41,9 @@ ROLES = ("scores", "prompt", "head", "weights")
 class PromptedSparseModel(PreTrainedModel):
     """A pretrained image classifier, pruned by masks and reprogrammed by a visual prompt (VPNs, arXiv 2312.01397).
 
-    Made by [`~PromptedSparseModel.from_backbone`], or loaded by `from_pretrained`. The model is in one of three states,
-    `config.state`: `"search"` (scores attached, forward masked), `"frozen"` (zeros written in, plain weights) or
-    `"dense"` (plain weights, nothing masked).
+    Made by [`~PromptedSparseModel.from_backbone`], or loaded by `from_pretrained`. The model is in one of three
+    states, `config.state`: `"search"` (scores attached, forward masked), `"frozen"` (zeros written in, plain weights)
+    or `"dense"` (plain weights, nothing masked).
 
     Args:
         config: see [`PromptedSparseConfig`].
@@ -74,11 +74,14 @@ class PromptedSparseModel(PreTrainedModel):
             masking.attach_scores(self.slots())
         elif config.state == "frozen":
             slots = self.slots()
-            masking.freeze(slots, {name: torch.ones_like(masking.stored_weight(slot), dtype=torch.bool) for name, slot in slots.items()})
+            masking.freeze(
+                slots,
+                {name: torch.ones_like(masking.stored_weight(slot), dtype=torch.bool) for name, slot in slots.items()},
+            )
         self.post_init()
 
     def init_weights(self) -> None:
-        """Nothing is drawn here: the backbone brings its weights, scores follow from them, prompts start at fixed values."""
+        """Draw nothing: the backbone brings its weights, scores follow from them, prompts start at fixed values."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Hooks on parameters are lost when a model is copied.
@@ -89,7 +92,7 @@ class PromptedSparseModel(PreTrainedModel):
         if self.config.state == "frozen":
             masking.mask_gradients(self.slots())
 
-    # Building ---------------------------------------------------------------------------------------------------------
+    # Building --------------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_backbone(
@@ -113,26 +116,31 @@ class PromptedSparseModel(PreTrainedModel):
         image_std: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Wrap a pretrained image classifier, in the *search* state: scores attached, first mask selected, weights frozen.
+        """Wrap a pretrained image classifier, in the *search* state: scores attached, first mask selected, weights
+        frozen.
 
         Args:
-            backbone: Hub id, local folder, or a model object: a transformers image classifier or a timm model. A model object
-                is wrapped, not copied. timm models are wrapped by transformers' `TimmWrapperForImageClassification`.
+            backbone: Hub id, local folder, or a model object: a transformers image classifier or a timm model. A model
+                object is wrapped, not copied. timm models are wrapped by transformers'
+                `TimmWrapperForImageClassification`.
             sparsity: fraction of the prunable weights to remove, in [0, 1).
             scope: `"global"`, `"layer"` or `"erk"`.
             prompt: name of the visual prompt, or None.
             prompt_size: width of the prompt in pixels.
             prompt_inner_size: (height, width) or side to which a prompted image is shrunk; None overlays the prompt.
-            label_mapping: None, or `"frequency"`: keep the pretrained head and find the source class of each target class.
-            new_head: whether the classifier is created anew. None: when the label count differs or the checkpoint has no
-                head. A new head is never pruned.
+            label_mapping: None, or `"frequency"`: keep the pretrained head and find the source class of each target
+                class.
+            new_head: whether the classifier is created anew. None: when the label count differs or the checkpoint has
+                no head. A new head is never pruned.
             keep_source_head: with a label mapping, keep every source class in the head instead of the mapped ones.
             num_labels, id2label: the labels of the downstream task; None: the backbone's own.
             ignore_modules: names (or their ends) of modules that are never pruned.
-            image_processor: gives image size, mean and std where they are not passed; None: looked up beside the backbone.
-            image_size, image_mean, image_std: the model's input: (height, width) or side in pixels, and its normalisation.
-            kwargs: passed to `from_pretrained` when `backbone` is a string (`revision`, `token`, `dtype`, ...). Weights
-                load in float32 unless `dtype` says otherwise.
+            image_processor: gives image size, mean and std where they are not passed; None: looked up beside the
+                backbone.
+            image_size, image_mean, image_std: the model's input: (height, width) or side in pixels, and its
+                normalisation.
+            kwargs: passed to `from_pretrained` when `backbone` is a string (`revision`, `token`, `dtype`, ...).
+                Weights load in float32 unless `dtype` says otherwise.
 
         Raises:
             ValueError: no image classifier, nothing to prune, settings that do not fit together.
@@ -140,9 +148,14 @@ class PromptedSparseModel(PreTrainedModel):
         """
         labels = _label_names(num_labels, id2label)
         if label_mapping is not None and label_mapping not in LABEL_MAPPINGS:
-            raise ValueError(f"`label_mapping` is {label_mapping!r}; expected None or one of {', '.join(LABEL_MAPPINGS)}.")
+            raise ValueError(
+                f"`label_mapping` is {label_mapping!r}; expected None or one of {', '.join(LABEL_MAPPINGS)}."
+            )
         if label_mapping is not None and (new_head or labels is None):
-            raise ValueError("A label mapping keeps the pretrained head: pass `num_labels` or `id2label` of the task, and no `new_head`.")
+            raise ValueError(
+                "A label mapping keeps the pretrained head: pass `num_labels` or `id2label` of the task, and no "
+                "`new_head`."
+            )
         masking.kept_count(0, sparsity)
         model, fresh_head, image_processor = _load_backbone(
             backbone, None if label_mapping else labels, new_head, image_processor, kwargs
@@ -166,7 +179,10 @@ class PromptedSparseModel(PreTrainedModel):
         config.label2id = {name: index for index, name in config.id2label.items()}
         wrapped = cls(config, model)
         if not wrapped.slots():
-            raise ValueError(f"{type(model).__name__} has no prunable weight: no linear or convolution layer outside `ignore_modules` and a new head.")
+            raise ValueError(
+                f"{type(model).__name__} has no prunable weight: no linear or convolution layer outside "
+                "`ignore_modules` and a new head."
+            )
         wrapped._try_forward()
         wrapped.attach_scores()
         return wrapped
@@ -183,14 +199,17 @@ class PromptedSparseModel(PreTrainedModel):
                 self.eval()(image)
         except (ValueError, RuntimeError, AssertionError) as error:
             raise ValueError(
-                f"{type(self.backbone).__name__} does not accept images of {tuple(self.config.image_size)} (height, width) "
+                f"{type(self.backbone).__name__} does not accept images of {tuple(self.config.image_size)} (height, "
+                "width) "
                 f"with {channels} channels: {error}"
             ) from error
         self.train(training)
 
-    # Saving and loading -----------------------------------------------------------------------------------------------
+    # Saving and loading ----------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], packed: bool | None = None, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], packed: bool | None = None, **kwargs: Any
+    ) -> None:
         """Save configuration and weights; other arguments as for any transformers model.
 
         Args:
@@ -201,7 +220,10 @@ class PromptedSparseModel(PreTrainedModel):
             ValueError: `packed=True` while the masks are not frozen.
         """
         if packed and self.config.state != "frozen":
-            raise ValueError(f"Only frozen masks can be packed; the model is in the {self.config.state!r} state. Call `freeze_masks()` first.")
+            raise ValueError(
+                f"Only frozen masks can be packed; the model is in the {self.config.state!r} state. Call "
+                "`freeze_masks()` first."
+            )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
@@ -229,14 +251,15 @@ class PromptedSparseModel(PreTrainedModel):
         model, info = super().from_pretrained(None if files else name, *args, output_loading_info=True, **kwargs)
         if wrong := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
             raise ValueError(
-                f"{name} does not hold the tensors that its config.json describes: {len(wrong)} are missing or have another "
+                f"{name} does not hold the tensors that its config.json describes: {len(wrong)} are missing or have "
+                "another "
                 f"shape, such as {wrong[0]}. The download may be incomplete."
             )
         model.name_or_path = model.config.name_or_path = name
         model._mask_gradients()
         return (model, info) if wants_info else model
 
-    # Forward ----------------------------------------------------------------------------------------------------------
+    # Forward ---------------------------------------------------------------------------------------------------------
 
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, use_prompt: bool | None = None
@@ -258,7 +281,7 @@ class PromptedSparseModel(PreTrainedModel):
             use_prompt = self.config.use_prompt
         if use_prompt:
             if self.prompt is None:
-                raise ValueError("`use_prompt=True`, but this model has no prompt; build it with `prompt=\"pad\"`.")
+                raise ValueError('`use_prompt=True`, but this model has no prompt; build it with `prompt="pad"`.')
             pixel_values = self.prompt(pixel_values)
         logits = self.backbone(pixel_values=pixel_values, **self._backbone_kwargs).logits
         if self.config.mapped_labels is not None and self.config.keep_source_head:
@@ -266,7 +289,7 @@ class PromptedSparseModel(PreTrainedModel):
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
-    # Parameters by role -----------------------------------------------------------------------------------------------
+    # Parameters by role ----------------------------------------------------------------------------------------------
 
     def slots(self) -> dict[str, masking.Slot]:
         """Where the prunable weights live, by backbone parameter name."""
@@ -292,7 +315,7 @@ class PromptedSparseModel(PreTrainedModel):
             for parameter in parameters.values():
                 parameter.requires_grad_(role in roles)
 
-    # Masks ------------------------------------------------------------------------------------------------------------
+    # Masks -----------------------------------------------------------------------------------------------------------
 
     def scores(self) -> dict[str, Tensor]:
         """The score parameters by backbone parameter name; empty outside the search state."""
@@ -345,8 +368,8 @@ class PromptedSparseModel(PreTrainedModel):
     def freeze_masks(self) -> None:
         """Search to frozen: write the zeros into the weights, drop the scores; all parameters become trainable.
 
-        From here on pruned weights get no gradient, so they stay exactly zero in any training loop whose optimizer is made
-        after this call.
+        From here on pruned weights get no gradient, so they stay exactly zero in any training loop whose optimizer is
+        made after this call.
         """
         self._require("search", "freeze masks")
         self.apply_masks(self.masks())
@@ -380,9 +403,11 @@ class PromptedSparseModel(PreTrainedModel):
 
     def _require(self, state: str, action: str) -> None:
         if self.config.state != state:
-            raise ValueError(f"Cannot {action}: the model is in the {self.config.state!r} state, and this needs {state!r}.")
+            raise ValueError(
+                f"Cannot {action}: the model is in the {self.config.state!r} state, and this needs {state!r}."
+            )
 
-    # Labels -----------------------------------------------------------------------------------------------------------
+    # Labels ----------------------------------------------------------------------------------------------------------
 
     def set_label_mapping(self, mapping: Tensor | Sequence[int]) -> None:
         """Read (or keep only) the mapped classes of the source head.
@@ -395,11 +420,14 @@ class PromptedSparseModel(PreTrainedModel):
         """
         mapped = [int(source) for source in mapping]
         if self.config.label_mapping is None or self.config.mapped_labels is not None:
-            raise ValueError("This model takes no label mapping: it was built without `label_mapping`, or one is already set.")
+            raise ValueError(
+                "This model takes no label mapping: it was built without `label_mapping`, or one is already set."
+            )
         source_count = self.config.backbone_config.num_labels
         if len(mapped) != self.config.num_labels or not all(0 <= source < source_count for source in mapped):
             raise ValueError(
-                f"A label mapping needs one source class in [0, {source_count}) for each of the {self.config.num_labels} target "
+                f"A label mapping needs one source class in [0, {source_count}) for each of the "
+                f"{self.config.num_labels} target "
                 f"classes; got {mapped}."
             )
         if self.config.keep_source_head:
@@ -419,7 +447,8 @@ class PromptedSparseModel(PreTrainedModel):
         target_shapes = {name: tensor.shape for name, tensor in sliced.state_dict().items()}
         rows = torch.tensor(mapped, device=self.device)
         sliced.load_state_dict(
-            {name: _take_rows(tensor, target_shapes[name], rows) for name, tensor in self.state_dict().items()}, assign=True
+            {name: _take_rows(tensor, target_shapes[name], rows) for name, tensor in self.state_dict().items()},
+            assign=True,
         )
         for name, parameter in sliced.named_parameters():
             parameter.requires_grad_(trainable[name])
@@ -428,10 +457,10 @@ class PromptedSparseModel(PreTrainedModel):
             self.update_masks()
 
     def become(self, other: PromptedSparseModel) -> None:
-        """Take over the weights, state and configuration of another model, so that references to this one stay good."""
+        """Take over another model's weights, state and configuration, so that references to this one stay good."""
         self.__setstate__(other.__dict__)
 
-    # Results ----------------------------------------------------------------------------------------------------------
+    # Results ---------------------------------------------------------------------------------------------------------
 
     def merge_and_unload(self) -> PreTrainedModel:
         """The plain backbone with the zeros written in; this wrapper must not be used afterwards.
@@ -449,17 +478,22 @@ class PromptedSparseModel(PreTrainedModel):
 
     def sparsity_report(self) -> SparsityReport:
         """Kept and total weights, bytes and multiply-accumulates of every prunable layer."""
-        return measure_sparsity(self.backbone, self.slots(), self.masks(), self.config.image_size, self._backbone_kwargs)
+        return measure_sparsity(
+            self.backbone, self.slots(), self.masks(), self.config.image_size, self._backbone_kwargs
+        )
 
 
 def _check_masks(masks: Mapping[str, Tensor], slots: Mapping[str, masking.Slot]) -> None:
     if unknown := sorted(set(masks) ^ set(slots)):
         raise ValueError(
-            f"Masks must name exactly the {len(slots)} prunable weights of this model; {len(unknown)} names differ, such as {unknown[0]}."
+            f"Masks must name exactly the {len(slots)} prunable weights of this model; {len(unknown)} names differ, "
+            f"such as {unknown[0]}."
         )
     for name, slot in slots.items():
         if masks[name].shape != (shape := masking.stored_weight(slot).shape):
-            raise ValueError(f"The mask of {name} has shape {tuple(masks[name].shape)}; the weight has {tuple(shape)}.")
+            raise ValueError(
+                f"The mask of {name} has shape {tuple(masks[name].shape)}; the weight has {tuple(shape)}."
+            )
 
 
 def _take_rows(tensor: Tensor, shape: torch.Size, rows: Tensor) -> Tensor:
@@ -469,7 +503,7 @@ def _take_rows(tensor: Tensor, shape: torch.Size, rows: Tensor) -> Tensor:
     return tensor
 
 
-# Packed files ---------------------------------------------------------------------------------------------------------
+# Packed files --------------------------------------------------------------------------------------------------------
 
 
 def _pack(files: Sequence[Path]) -> None:
@@ -512,13 +546,15 @@ def _packed_files(name: str, kwargs: Mapping[str, Any]) -> list[str]:
     return found if found and storage.is_packed(found[0]) else []
 
 
-# Loading a backbone ---------------------------------------------------------------------------------------------------
+# Loading a backbone --------------------------------------------------------------------------------------------------
 
 
 def _label_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[int, str] | None:
     if id2label is not None:
         if num_labels not in (None, len(id2label)):
-            raise ValueError(f"`num_labels` is {num_labels}, but `id2label` names {len(id2label)} labels; pass one of them.")
+            raise ValueError(
+                f"`num_labels` is {num_labels}, but `id2label` names {len(id2label)} labels; pass one of them."
+            )
         return {int(index): name for index, name in id2label.items()}
     return None if num_labels is None else {index: f"LABEL_{index}" for index in range(num_labels)}
 
@@ -530,7 +566,7 @@ def _load_backbone(
     image_processor: BaseImageProcessor | None,
     kwargs: dict[str, Any],
 ) -> tuple[PreTrainedModel, bool, BaseImageProcessor | None]:
-    """The image classifier with the task's labels, whether its head is new, and its image processor if there is one."""
+    """The image classifier with the task's labels, whether its head is new, and its image processor if any."""
     if isinstance(backbone, nn.Module):
         if kwargs:
             raise TypeError(f"{', '.join(kwargs)} only apply when the backbone is a Hub id or a folder.")
@@ -540,7 +576,10 @@ def _load_backbone(
         image_processor = image_processor or _find_image_processor(backbone, kwargs)
     head = set(_head_parameters(model))
     if lost := sorted(missing - head):
-        raise ValueError(f"{backbone} is no complete checkpoint of {type(model).__name__}: {len(lost)} weights are missing, such as {lost[0]}.")
+        raise ValueError(
+            f"{backbone} is no complete checkpoint of {type(model).__name__}: {len(lost)} weights are missing, such "
+            f"as {lost[0]}."
+        )
     fresh = bool(missing) or new_head is True or (labels is not None and len(labels) != model.config.num_labels)
     if fresh and new_head is False:
         raise ValueError(
@@ -560,18 +599,20 @@ def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[s
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise type(error)(
-            f"{name!r} is no local folder with a transformers or timm config.json, nor could it be read from the Hub ({reason}). "
+            f"{name!r} is no local folder with a transformers or timm config.json, nor could it be read from the Hub "
+            f"({reason}). "
             "Check the spelling, the network, and `hf auth login` for private and gated models."
         ) from error
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(
-            f"{name} is a {config.model_type!r} model, and transformers has no image classifier of that type; pass the id of "
+            f"{name} is a {config.model_type!r} model, and transformers has no image classifier of that type; pass "
+            "the id of "
             "an image classification model."
         )
     model, info = AutoModelForImageClassification.from_pretrained(
         name, **{"dtype": torch.float32} | kwargs, output_loading_info=True
     )
-    return model, {key for key in info["missing_keys"]}
+    return model, set(info["missing_keys"])
 
 
 _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
@@ -591,17 +632,23 @@ def _find_image_processor(name: str, kwargs: dict[str, Any]) -> BaseImageProcess
 
 def _as_classifier(model: nn.Module) -> PreTrainedModel:
     if isinstance(model, PreTrainedModel):
-        if type(model.config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or "ForImageClassification" not in type(model).__name__:
+        if (
+            type(model.config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+            or "ForImageClassification" not in type(model).__name__
+        ):
             raise ValueError(
-                f"{type(model).__name__} is no image classifier; pass a model whose output has one logit a label, such as one of "
+                f"{type(model).__name__} is no image classifier; pass a model whose output has one logit a label, "
+                "such as one of "
                 "`AutoModelForImageClassification`."
             )
         return model
     try:
-        pretrained_cfg, num_classes = dict(model.pretrained_cfg), int(model.num_classes)
+        timm_model: Any = model
+        pretrained_cfg, num_classes = dict(timm_model.pretrained_cfg), int(timm_model.num_classes)
     except AttributeError:
         raise ValueError(
-            f"{type(model).__name__} is neither a transformers image classifier nor a timm model; wrap it as one of them."
+            f"{type(model).__name__} is neither a transformers image classifier nor a timm model; wrap it as one of "
+            "them."
         ) from None
     config = TimmWrapperConfig.from_dict(
         {"architecture": pretrained_cfg["architecture"], "num_classes": num_classes, "pretrained_cfg": pretrained_cfg}
@@ -648,7 +695,7 @@ def _with_new_head(model: PreTrainedModel, head: set[str], labels: dict[int, str
     return fresh
 
 
-# Image size and normalisation -----------------------------------------------------------------------------------------
+# Image size and normalisation ----------------------------------------------------------------------------------------
 
 
 def _height_width(size: Any) -> list[int] | None:
@@ -695,7 +742,7 @@ def _first(*values: Sequence[float] | None) -> list[float] | None:
 
 
 def _position_kwargs(backbone: PreTrainedModel, image_size: Sequence[int] | None) -> dict[str, bool]:
-    """Ask the backbone to interpolate its position embeddings when the images have another size than it was built for."""
+    """Ask the backbone to interpolate its position embeddings when images have another size than its own."""
     native = _height_width(backbone.config.to_dict().get("image_size"))
     if image_size is None or native is None or list(image_size) == native:
         return {}

@@ -20,8 +20,8 @@ class RoleSettings:
     """How the parameters of one role are trained.
 
     Args:
-        optim: name of an optimizer of `TrainingArguments.optim`, or `"adam"` (weight decay added to the gradient, as in the
-            released code; `"adamw_torch"` decouples it).
+        optim: name of an optimizer of `TrainingArguments.optim`, or `"adam"` (weight decay added to the gradient, as
+            in the released code; `"adamw_torch"` decouples it).
         learning_rate: initial learning rate.
         lr_scheduler_type: name of its schedule.
     """
@@ -46,7 +46,9 @@ def build_optimizer(
     """
     if settings.optim in _NOT_IN_TRAINER:
         betas = (args.adam_beta1, args.adam_beta2)
-        return _NOT_IN_TRAINER[settings.optim](parameters, lr=settings.learning_rate, betas=betas, eps=args.adam_epsilon)  # type: ignore[call-arg]
+        return _NOT_IN_TRAINER[settings.optim](
+            parameters, lr=settings.learning_rate, betas=betas, eps=args.adam_epsilon
+        )  # type: ignore[call-arg]
     known = [*_NOT_IN_TRAINER, *(name.value for name in OptimizerNames)]
     if settings.optim not in known:
         raise ValueError(f"The optimizer {settings.optim!r} is unknown; expected one of {', '.join(known)}.")
@@ -90,7 +92,9 @@ class OptimizerByRole(torch.optim.Optimizer):
             ValueError: the state belongs to other roles.
         """
         if set(state_dict) != set(self.parts):
-            raise ValueError(f"The optimizer state is of the roles {sorted(state_dict)}; this stage trains {sorted(self.parts)}.")
+            raise ValueError(
+                f"The optimizer state is of the roles {sorted(state_dict)}; this stage trains {sorted(self.parts)}."
+            )
         for role, part in self.parts.items():
             part.load_state_dict(state_dict[role])
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]

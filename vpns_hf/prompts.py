@@ -28,7 +28,7 @@ class _ClampPixels(torch.autograd.Function):
         return pixels.clamp(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (pixels,) = ctx.saved_tensors
         return torch.where((pixels >= 0) & (pixels <= 1), grad, 0)
 
@@ -45,15 +45,8 @@ class VisualPrompt(nn.Module):
 
     def __init__(self, config: PromptedSparseConfig):
         super().__init__()
-        for field in ("image_size", "image_mean", "image_std"):
-            if getattr(config, field) is None:
-                raise ValueError(
-                    f"A prompt needs `{field}`, which neither the image processor nor the backbone's configuration "
-                    f"gives; pass `{field}=...` or `image_processor=...`."
-                )
-        self.image_size = tuple(config.image_size)
-        self.inner_size = tuple(config.prompt_inner_size or config.image_size)
-        self.mean, self.std = tuple(config.image_mean), tuple(config.image_std)
+        self.image_size, self.mean, self.std = config.geometry
+        self.inner_size = tuple(config.prompt_inner_size or self.image_size)
         self.prompt_size = config.prompt_size
         if not 0 < 2 * self.prompt_size < min(self.image_size):
             raise ValueError(
@@ -74,7 +67,7 @@ class VisualPrompt(nn.Module):
         raise NotImplementedError
 
     def place(self, pixels: Tensor) -> Tensor:
-        """Shrink [n, c, h, w] pixels to `inner_size` and centre them on black; nothing to do when it is the full size."""
+        """Shrink [n, c, h, w] pixels to `inner_size` and centre them on black, unless that is the full size."""
         if self.inner_size == self.image_size:
             return pixels
         pixels = F.interpolate(pixels, size=self.inner_size, mode="bilinear", antialias=True, align_corners=False)
@@ -96,7 +89,8 @@ class VisualPrompt(nn.Module):
         """
         if tuple(pixel_values.shape[-2:]) != self.image_size:
             raise ValueError(
-                f"The prompt was made for images of {self.image_size} (height, width); got {tuple(pixel_values.shape[-2:])}."
+                f"The prompt was made for images of {self.image_size} (height, width); got "
+                f"{tuple(pixel_values.shape[-2:])}."
             )
         mean, std = (torch.tensor(v, device=pixel_values.device).view(-1, 1, 1) for v in (self.mean, self.std))
         # Denormalising leaves black at about -1e-9, outside the bounds that the clamp's gradient respects.
@@ -108,7 +102,8 @@ class VisualPrompt(nn.Module):
 class PadPrompt(VisualPrompt):
     """A trainable frame of `prompt_size` pixels around the image, zero at the start (VPNs, arXiv 2312.01397).
 
-    Holds its four strips only: `channels * (2 * p * w + 2 * p * (h - 2 * p))` parameters, 39,936 at 224 pixels and p = 16.
+    Holds its four strips only: `channels * (2 * p * w + 2 * p * (h - 2 * p))` parameters, 39,936 at 224 pixels and p =
+        16.
     """
 
     def __init__(self, config: PromptedSparseConfig):

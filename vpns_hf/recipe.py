@@ -18,7 +18,9 @@ from transformers import HfArgumentParser
 class ModelArguments:
     """Which backbone is pruned, and how it is wrapped; see [`PromptedSparseModel.from_backbone`]."""
 
-    model_name_or_path: str = field(metadata={"help": "Hub id or local folder of an image classifier (transformers or timm)."})
+    model_name_or_path: str = field(
+        metadata={"help": "Hub id or local folder of an image classifier (transformers or timm)."}
+    )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the backbone."})
     token: str | None = field(default=None, metadata={"help": "Hub token; the one of `hf auth login` when not given."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are cached."})
@@ -26,15 +28,22 @@ class ModelArguments:
     prompt: str | None = field(default="pad", metadata={"help": "Visual prompt: pad, or none."})
     prompt_size: int = field(default=16, metadata={"help": "Width of the prompt in pixels."})
     prompt_inner_size: int | None = field(
-        default=None, metadata={"help": "Side to which prompted images are shrunk inside the prompt; overlaid when not given."}
+        default=None,
+        metadata={"help": "Side to which prompted images are shrunk inside the prompt; overlaid when not given."},
     )
-    label_mapping: str | None = field(default=None, metadata={"help": "frequency: keep the pretrained head and map its classes."})
-    keep_source_head: bool = field(default=False, metadata={"help": "With a label mapping, keep all source classes in the head."})
+    label_mapping: str | None = field(
+        default=None, metadata={"help": "frequency: keep the pretrained head and map its classes."}
+    )
+    keep_source_head: bool = field(
+        default=False, metadata={"help": "With a label mapping, keep all source classes in the head."}
+    )
     new_head: bool | None = field(
         default=None, metadata={"help": "Create the head anew; when not given, only if the label count differs."}
     )
     ignore_modules: list[str] = field(default_factory=list, metadata={"help": "Modules that are never pruned."})
-    image_size: int | None = field(default=None, metadata={"help": "Side of the input in pixels; the backbone's own when not given."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the input in pixels; the backbone's own when not given."}
+    )
 
     def __post_init__(self) -> None:
         if self.prompt in ("none", "None", ""):
@@ -46,16 +55,27 @@ class DataArguments:
     """Which data set the subnetwork is for; see [`load_transfer_dataset`]."""
 
     dataset_name: str = field(
-        metadata={"help": "A transfer task (cifar100, dtd, ...), a Hub id, or a local folder (image folders, parquet or arrow files)."}
+        metadata={
+            "help": "A transfer task (cifar100, dtd, ...), a Hub id, or a local folder (image folders, parquet or "
+            "arrow files)."
+        }
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the data set."})
-    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images; found when not given."})
-    label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels; found when not given."})
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the images; found when not given."}
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the labels; found when not given."}
+    )
     train_split: str | None = field(default=None, metadata={"help": "Split to train on."})
-    validation_split: str | None = field(default=None, metadata={"help": "Split for every choice; carved from train when there is none."})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Split for every choice; carved from train when there is none."}
+    )
     test_split: str | None = field(default=None, metadata={"help": "Split that is evaluated once, at the end."})
-    validation_fraction: float = field(default=0.1, metadata={"help": "Share of train that a carved validation split takes."})
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Share of train that a carved validation split takes."}
+    )
     split_seed: int = field(default=42, metadata={"help": "Seed of that carving; the same for every training seed."})
     augment_prompted: bool = field(
         default=False, metadata={"help": "Augment prompted batches like plain ones (the released code does not)."}
@@ -78,7 +98,8 @@ def parse_recipe(
         One instance of each class.
 
     Raises:
-        ValueError: an unknown key or flag (names the nearest valid one), a value that does not fit, an unreadable file.
+        ValueError: an unknown key or flag (names the nearest valid one), a value that does not fit, an unreadable
+            file.
     """
     rest = list(sys.argv[1:] if arguments is None else arguments)
     config = default_config
@@ -104,7 +125,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"The recipe {path} cannot be read ({error.strerror}); pass `--config` with the path of a YAML file.") from error
+        raise ValueError(
+            f"The recipe {path} cannot be read ({error.strerror}); pass `--config` with the path of a YAML file."
+        ) from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(content, dict):

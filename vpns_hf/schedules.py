@@ -25,5 +25,7 @@ def learning_rate_factor(
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps, num_training_steps, scheduler_specific_kwargs=kwargs)
     if not isinstance(scheduler, LambdaLR):
-        raise ValueError(f"The learning rate schedule {name!r} depends on more than the step; use one such as 'cosine' or 'linear'.")
+        raise ValueError(
+            f"The learning rate schedule {name!r} depends on more than the step; use one such as 'cosine' or 'linear'."
+        )
     return scheduler.lr_lambdas[0]

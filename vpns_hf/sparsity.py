@@ -14,7 +14,7 @@ from .masking import Slot, stored_weight
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """One prunable weight: how many entries are kept, and the multiply-accumulates of one image with all and with kept ones."""
+    """One prunable weight: entries kept and in all, and the multiply-accumulates of one image with both."""
 
     name: str
     kept: int
@@ -71,7 +71,11 @@ class SparsityReport:
             name = _block_name(layer.name)
             old = blocks.get(name, LayerSparsity(name, 0, 0, 0, 0))
             blocks[name] = LayerSparsity(
-                name, old.kept + layer.kept, old.total + layer.total, old.macs + layer.macs, old.kept_macs + layer.kept_macs
+                name,
+                old.kept + layer.kept,
+                old.total + layer.total,
+                old.macs + layer.macs,
+                old.kept_macs + layer.kept_macs,
             )
         return blocks
 
@@ -116,18 +120,25 @@ def measure_sparsity(
     """
     positions = _positions(backbone, slots, image_size, forward_kwargs)
     layers = tuple(
-        LayerSparsity(name, kept := int(mask.sum()), mask.numel(), positions[name] * mask.numel(), positions[name] * kept)
+        LayerSparsity(
+            name, kept := int(mask.sum()), mask.numel(), positions[name] * mask.numel(), positions[name] * kept
+        )
         for name, mask in masks.items()
     )
     parameters = [p for name, p in backbone.named_parameters() if not name.endswith(".scores")]
     dense_bytes = sum(p.numel() * p.element_size() for p in parameters)
-    pruned_bytes = sum((~masks[name]).sum().item() * stored_weight(slot).element_size() for name, slot in slots.items())
+    pruned_bytes = sum(
+        (~masks[name]).sum().item() * stored_weight(slot).element_size() for name, slot in slots.items()
+    )
     return SparsityReport(layers, sum(p.numel() for p in parameters), dense_bytes, dense_bytes - int(pruned_bytes))
 
 
 @torch.no_grad()
 def _positions(
-    backbone: nn.Module, slots: Mapping[str, Slot], image_size: Sequence[int] | None, forward_kwargs: Mapping[str, bool]
+    backbone: nn.Module,
+    slots: Mapping[str, Slot],
+    image_size: Sequence[int] | None,
+    forward_kwargs: Mapping[str, bool],
 ) -> dict[str, int]:
     """How many times one image uses each weight matrix."""
     positions = dict.fromkeys(slots, 0)

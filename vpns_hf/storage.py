@@ -1,10 +1,11 @@
 """Packed safetensors: the kept weights and a coded mask in place of every masked tensor, all else as it is.
 
-The file is plain safetensors and any of its readers opens it. A masked tensor `name` is stored as `name`, its kept values
-in row-major order, and `name:mask`, the bytes of its mask in the shortest of [`CODINGS`]. The metadata holds what the
-caller gave and two keys of ours: the packing version, and a JSON object with the shape and coding of every masked tensor.
+The file is plain safetensors and any of its readers opens it. A masked tensor `name` is stored as `name`, its kept
+values in row-major order, and `name:mask`, the bytes of its mask in the shortest of [`CODINGS`]. The metadata holds what
+the caller gave and two keys of ours: the packing version, and a JSON object with the shape and coding of every masked
+tensor.
 
-Reading trusts nothing: whatever the header says is checked against the size of the file, and whatever a payload decodes to
+Reading trusts nothing: what the header says is checked against the size of the file, and what a payload decodes to
 against the header, before memory is taken for it.
 """
 
@@ -15,6 +16,7 @@ import math
 import os
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,23 +66,26 @@ class PackedFormatError(ValueError):
 
 
 def save_packed(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], metadata: Mapping[str, str]
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
 ) -> None:
     """Write tensors to one safetensors file, those with a mask packed.
 
-    Tensor by tensor: beyond a copy of one tensor where it is not contiguous or not on the CPU, the memory taken is less than
-    one byte an entry of the largest mask. The file appears at `path` complete or not at all.
+    Tensor by tensor: beyond a copy of one tensor where it is not contiguous or not on the CPU, the memory taken is less
+    than one byte an entry of the largest mask. The file appears at `path` complete or not at all.
 
     Args:
         path: the file to write; replaced if it is there.
-        tensors: dense tensors of any shape, memory format and device by name. Values are kept bit for bit, memory formats are
-            not. Tensors that share memory are stored once each.
+        tensors: dense tensors of any shape, memory format and device by name. Values are kept bit for bit, memory
+            formats are not. Tensors that share memory are stored once each.
         masks: bool tensors, True where the entry is kept, for some of these names and of the same shapes.
         metadata: free text by key; it is not coded.
 
     Raises:
-        ValueError: a pruned entry is anything but +0.0 (-0.0 would not come back either), a mask fits no tensor, or a name, dtype
-            or key cannot be stored. Nothing is written then.
+        ValueError: a pruned entry is anything but +0.0 (-0.0 would not come back either), a mask fits no tensor, or a
+            name, dtype or key cannot be stored. Nothing is written then.
         OSError: the file cannot be written, as on a full disk; what was at `path` before is untouched.
     """
     _check_savable(tensors, masks, metadata)
@@ -98,8 +103,8 @@ def load_packed(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     """Read back what [`save_packed`] wrote, bit for bit, one tensor at a time.
 
     Returns:
-        The dense tensors with the zeros in place, the bool masks, and the metadata, in the order in which they were given; contiguous
-        and on the CPU.
+        The dense tensors with the zeros in place, the bool masks, and the metadata, each in the order in which it was
+        given; contiguous and on the CPU.
 
     Raises:
         PackedFormatError: the file was cut short, changed, made by hand, or packed by a newer version.
@@ -134,15 +139,16 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
     return isinstance(metadata, dict) and VERSION_KEY in metadata
 
 
-# Codings of a mask ----------------------------------------------------------------------------------------------------
+# Codings of a mask ---------------------------------------------------------------------------------------------------
 
 
 class Coding(NamedTuple):
     """One way to write a mask as bytes.
 
-    `encode(mask)` takes a 1-D bool array and returns the payload, or None where the coding does not apply. `decode(payload,
-    total, kept)` returns the 1-D bool array of `total` entries and raises ValueError where the payload is no such mask. It must
-    not take memory that the length of the payload does not justify; the caller counts the kept entries.
+    `encode(mask)` takes a 1-D bool array and returns the payload, or None where the coding does not apply.
+    `decode(payload, total, kept)` returns the 1-D bool array of `total` entries and raises ValueError where the payload
+    is no such mask. It must not take memory that the length of the payload does not justify; the caller counts the kept
+    entries.
     """
 
     encode: Callable[[np.ndarray], bytes | None]
@@ -196,11 +202,12 @@ def _gaps(mask: np.ndarray) -> Iterator[np.ndarray]:
         if not kept.size:
             run += chunk.size
             continue
-        long_steps, last_steps = np.divmod(np.diff(kept, prepend=-1 - run) - 1, 255)
-        steps = np.full(kept.size + long_steps.sum(), 255, dtype=np.uint8)
-        steps[np.arange(kept.size) + np.cumsum(long_steps)] = last_steps
+        gaps = np.diff(kept, prepend=-1 - run) - 1
+        long = np.flatnonzero(gaps >= 255)
+        full_steps = gaps[long] // 255
+        gaps[long] -= 255 * full_steps
+        yield np.insert(gaps.astype(np.uint8), np.repeat(long, full_steps), 255)
         run = chunk.size - 1 - int(kept[-1])
-        yield steps
     yield np.full(run // 255, 255, dtype=np.uint8)
 
 
@@ -222,7 +229,7 @@ def _decode_gaps(payload: bytes, total: int, kept: int) -> np.ndarray:
 
 
 def _deflate(pieces: list[np.ndarray] | Iterator[np.ndarray]) -> bytes:
-    # Bits of a mask do not repeat, so matches are not looked for; the large blocks (memLevel 9) share one table of codes.
+    # Masks do not repeat, so matches are not looked for; in larger blocks (memLevel 9) the tables of codes cost less.
     stream = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
     return b"".join([*map(stream.compress, pieces), stream.flush()])  # type: ignore[arg-type]
 
@@ -233,10 +240,12 @@ def _inflate(payload: bytes, size: int, exact: bool = True) -> bytes:
         raise ValueError(f"has a mask of {len(payload)} coded bytes, too few for the {size} that they stand for.")
     stream = zlib.decompressobj()
     decoded = stream.decompress(payload, size + 1)
-    if len(decoded) > size or (exact and len(decoded) < size):
-        raise ValueError(f"has a mask that decodes to {'more' if len(decoded) > size else 'less'} than its {size} bytes.")
-    if not stream.eof or stream.unused_data:
-        raise ValueError("has a coded mask that is cut short." if not stream.eof else "has bytes behind its coded mask.")
+    if len(decoded) > size:
+        raise ValueError(f"has a mask that decodes to more than its {size} bytes.")
+    if not stream.eof or (exact and len(decoded) < size):
+        raise ValueError("has a coded mask that is cut short.")
+    if stream.unused_data:
+        raise ValueError("has bytes behind its coded mask.")
     return decoded
 
 
@@ -254,7 +263,7 @@ def _shortest_coding(mask: np.ndarray) -> tuple[str, bytes]:
     return min(((name, payload) for name, payload in payloads if payload is not None), key=lambda item: len(item[1]))
 
 
-# Writing --------------------------------------------------------------------------------------------------------------
+# Writing -------------------------------------------------------------------------------------------------------------
 
 
 def _check_savable(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -262,17 +271,21 @@ def _check_savable(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], m
         if name == "__metadata__" or name.endswith(MASK_SUFFIX):
             raise ValueError(f"No tensor can be stored as {name!r}: the file format takes that name itself.")
         if tensor.dtype not in _DTYPE_CODES or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(f"Tensor {name!r} cannot be stored: it is {tensor.dtype}, {tensor.layout}, on {tensor.device}.")
+            raise ValueError(f"{name!r} cannot be stored: it is {tensor.dtype}, {tensor.layout}, on {tensor.device}.")
     for name, mask in masks.items():
         if name not in tensors:
             raise ValueError(f"There is a mask of {name!r}, but no tensor of that name.")
-        if mask.dtype != torch.bool or mask.shape != tensors[name].shape:
+        if mask.dtype != torch.bool or mask.shape != (shape := tensors[name].shape):
             raise ValueError(
-                f"The mask of {name!r} is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape {tuple(tensors[name].shape)}."
+                f"The mask of {name!r} is {mask.dtype} of shape {tuple(mask.shape)}; the tensor asks for torch.bool of "
+                f"shape {tuple(shape)}."
             )
     for key, text in metadata.items():
         if key in (VERSION_KEY, LAYOUT_KEY) or (key == "format" and text != "pt") or not isinstance(text, str):
-            raise ValueError(f"The metadata {key!r}: {text!r} cannot be stored; values are text, and packed files set that key themselves.")
+            raise ValueError(
+                f"The metadata {key!r} cannot be {text!r}: values are text, and {VERSION_KEY!r}, {LAYOUT_KEY!r} and "
+                "'format' are set by the packing itself."
+            )
 
 
 def _flat_bits(tensor: Tensor) -> np.ndarray:
@@ -290,7 +303,9 @@ class _Span(NamedTuple):
     stop: int
 
 
-def _write(file: BinaryIO, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _write(
+    file: BinaryIO, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
     kept = {name: int(np.count_nonzero(_flat_mask(mask))) for name, mask in masks.items()}
 
     def header(spans: Mapping[str, _Span], codings: Mapping[str, str]) -> bytes:
@@ -349,13 +364,13 @@ def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, mask: Tensor | None
         kept = np.compress(keep[start : start + _CHUNK], chunk)
         if np.count_nonzero(chunk) != np.count_nonzero(kept):
             raise ValueError(
-                f"Tensor {name!r} is not +0.0 everywhere its mask prunes it, which would be lost; set those entries with "
-                "`tensor.masked_fill_(~mask, 0)` first."
+                f"Tensor {name!r} is not +0.0 in every entry that its mask prunes, and what is there would be lost; "
+                "write zeros first with `tensor.masked_fill_(~mask, 0)`."
             )
         file.write(kept.data)
 
 
-# Reading --------------------------------------------------------------------------------------------------------------
+# Reading -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -408,8 +423,8 @@ def _parse_json(text: bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)!r} twice.")
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it names {name!r} twice.")
     return found
 
 
@@ -431,7 +446,8 @@ def _read_header(file: BinaryIO) -> _Header:
         raise ValueError("its header has no metadata.")
     if metadata.get(VERSION_KEY) != VERSION:
         raise ValueError(
-            f"its packing version is {metadata.get(VERSION_KEY)!r} and this release reads {VERSION!r}; upgrade vpns_hf (`pip install -U vpns-hf`)."
+            f"its packing version is {metadata.get(VERSION_KEY)!r} and this release reads {VERSION!r}; upgrade vpns_hf with "
+            "`pip install -U vpns-hf`."
         )
     data_start, file_size = file.tell(), os.fstat(file.fileno()).st_size
     entries = {name: _checked_entry(name, claim, data_start) for name, claim in claims.items()}

@@ -71,7 +71,9 @@ class RunRecord:
             return cls(folder, method, [])
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["method"] != method:
-            raise ValueError(f"{folder} holds a run of method {content['method']!r}, not {method!r}; choose another `output_dir`.")
+            raise ValueError(
+                f"{folder} holds a run of method {content['method']!r}, not {method!r}; choose another `output_dir`."
+            )
         return cls(folder, method, [FinishedStage(**stage) for stage in content["finished"]])
 
     def save(self) -> None:
@@ -132,15 +134,17 @@ class VPNsTrainer(Trainer):
     """Prune a [`PromptedSparseModel`] by the method that `args.method` names.
 
     `train()` runs the stages of the method one after the other on the same model. Checkpoints go to
-    `output_dir/<index>-<stage>/checkpoint-N`; `train(resume_from_checkpoint=True)` goes on in whichever stage was running.
-    Evaluation reports `eval_accuracy` and, for methods with a prompt, `eval_accuracy_prompted`, as `args.eval_prompt` says.
+    `output_dir/<index>-<stage>/checkpoint-N`; `train(resume_from_checkpoint=True)` goes on in whichever stage was
+    running. Evaluation reports `eval_accuracy` and, for methods with a prompt, `eval_accuracy_prompted`, as
+    `args.eval_prompt` says.
 
     Args:
         model: the model, in the search state, as `from_backbone` gives it.
         args: see [`VPNsTrainingArguments`].
-        train_dataset: map-style, of dictionaries with `pixel_values` [3, height, width] and `labels`; usually augmented.
-        prompted_train_dataset: the same rows as prompted batches show them, usually without augmentation (as in the released
-            code); None: `train_dataset`.
+        train_dataset: map-style, of dictionaries with `pixel_values` [3, height, width] and `labels`; usually
+            augmented.
+        prompted_train_dataset: the same rows as prompted batches show them, usually without augmentation (as in the
+            released code); None: `train_dataset`.
         eval_dataset: the validation data.
         processing_class: the image processor, saved with the model.
         kwargs: the other arguments of [`~transformers.Trainer`]. Without `compute_metrics` the accuracy is computed.
@@ -153,6 +157,8 @@ class VPNsTrainer(Trainer):
     loss_is_scaled_for_ga = False
     args: VPNsTrainingArguments
     model: PromptedSparseModel
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -167,19 +173,28 @@ class VPNsTrainer(Trainer):
         **kwargs: Any,
     ):
         if not isinstance(model, PromptedSparseModel):
-            raise ValueError(f"VPNsTrainer trains a PromptedSparseModel, not a {type(model).__name__}; wrap it with `PromptedSparseModel.from_backbone(model)`.")
+            raise ValueError(
+                f"VPNsTrainer trains a PromptedSparseModel, not a {type(model).__name__}; wrap it with "
+                "`PromptedSparseModel.from_backbone(model)`."
+            )
         if "model_init" in kwargs:
-            raise ValueError("VPNsTrainer takes a `model`, not `model_init`: every stage goes on with the model of the one before.")
+            raise ValueError(
+                "VPNsTrainer takes a `model`, not `model_init`: every stage goes on with the model of the one before."
+            )
         self.method = get_method(args.method)
         if model.prompt is None and (self.method.uses_prompt or args.eval_prompt == "with"):
-            raise ValueError(f"`method={args.method!r}` with `eval_prompt={args.eval_prompt!r}` needs a prompt; build the model with `prompt=\"pad\"`, or use `method=\"hydra\"`.")
+            raise ValueError(
+                f"`method={args.method!r}` with `eval_prompt={args.eval_prompt!r}` needs a prompt; build the model "
+                "with `prompt='pad'`, or use `method='hydra'`."
+            )
         for dataset in (train_dataset, prompted_train_dataset):
             if isinstance(dataset, IterableDataset):
-                raise ValueError("VPNsTrainer draws images by index; got a streaming data set. Load it without `streaming=True`.")
+                raise ValueError(
+                    "VPNsTrainer draws images by index; got a streaming data set. Load it without `streaming=True`."
+                )
         self.prompted_train_dataset = train_dataset if prompted_train_dataset is None else prompted_train_dataset
         self._sparsity = model.config.sparsity if args.sparsity is None else args.sparsity
-        self.stage: Stage | None = None
-        self.stage_index = 0
+        self.stage, self.stage_index = self.method.stages[0], 0
         self._evaluates_prompted = False
         super().__init__(
             model=model,
@@ -193,7 +208,7 @@ class VPNsTrainer(Trainer):
             **kwargs,
         )
 
-    # Stages -----------------------------------------------------------------------------------------------------------
+    # Stages ----------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Run every stage.
@@ -204,7 +219,8 @@ class VPNsTrainer(Trainer):
             kwargs: passed to [`~transformers.Trainer.train`] for every stage.
 
         Returns:
-            Steps of all stages together, the last stage's training loss, and every stage's metrics as `<stage>_<name>`.
+            Steps of all stages together, the last stage's training loss, and every stage's metrics as
+            `<stage>_<name>`.
 
         Raises:
             ValueError: `output_dir` holds another run, or the checkpoint is none of it.
@@ -216,7 +232,7 @@ class VPNsTrainer(Trainer):
             self._become(record.stage_folder(len(record.finished) - 1, record.finished[-1].name) / MODEL_FOLDER)
         elif self.model.config.label_mapping is not None and self.model.config.mapped_labels is None:
             self.model.set_label_mapping(self._find_label_mapping(checkpoint))
-        loss, metrics = math.nan, {}
+        loss, metrics = math.nan, dict[str, float]()
         for index, stage in enumerate(stages):
             if index < len(record.finished):
                 continue
@@ -234,15 +250,28 @@ class VPNsTrainer(Trainer):
             resume_from_checkpoint = str(resume_from_checkpoint).lower() == "true"
         if not resume_from_checkpoint:
             if record.finished or any(record.folder.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*")):
-                raise ValueError(f"{record.folder} holds an earlier run; pass `resume_from_checkpoint=True` to go on with it, or choose another `output_dir`.")
+                raise ValueError(
+                    f"{record.folder} holds an earlier run; pass `resume_from_checkpoint=True` to go on with it, or "
+                    "choose another `output_dir`."
+                )
             return None
         if resume_from_checkpoint is True:
             index = len(record.finished)
-            return last_complete_checkpoint(record.stage_folder(index, stages[index].name)) if index < len(stages) else None
+            return (
+                last_complete_checkpoint(record.stage_folder(index, stages[index].name))
+                if index < len(stages)
+                else None
+            )
         checkpoint = Path(resume_from_checkpoint)
         folders = [record.stage_folder(index, stage.name) for index, stage in enumerate(stages)]
-        if checkpoint.parent not in folders[: len(record.finished) + 1] or not (checkpoint / TRAINER_STATE_NAME).is_file():
-            raise ValueError(f"{checkpoint} is no checkpoint of the run in {record.folder}; expected {folders[0]}/checkpoint-N, or `True` for the last one.")
+        if (
+            checkpoint.parent not in folders[: len(record.finished) + 1]
+            or not (checkpoint / TRAINER_STATE_NAME).is_file()
+        ):
+            raise ValueError(
+                f"{checkpoint} is no checkpoint of the run in {record.folder}; expected {folders[0]}/checkpoint-N, "
+                "or `True` for the last one."
+            )
         record.finished = record.finished[: folders.index(checkpoint.parent)]
         return checkpoint
 
@@ -266,7 +295,9 @@ class VPNsTrainer(Trainer):
         self.model_wrapped = self.model
         with self._stage_arguments(stage, folder, is_last=stage is stages[-1]):
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
-            self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+            self.model = self.model_wrapped = self.accelerator.unwrap_model(
+                self.model_wrapped, keep_fp32_wrapper=False
+            )
             evaluation = {} if self.eval_dataset is None else self.evaluate()
         record.finished.append(FinishedStage(stage.name, self.state.global_step, evaluation))
         self._keep(folder, record)
@@ -342,17 +373,23 @@ class VPNsTrainer(Trainer):
     def logs(self) -> dict[str, list[dict[str, float]]]:
         """What every finished stage logged, by stage name."""
         names = [stage.name for stage in self.finished_stages]
-        return {name: TrainerState.load_from_json(str(self._folder_of(name) / TRAINER_STATE_NAME)).log_history for name in names}
+        return {
+            name: TrainerState.load_from_json(str(self._folder_of(name) / TRAINER_STATE_NAME)).log_history
+            for name in names
+        }
 
     def _folder_of(self, name: str) -> Path:
         names = [stage.name for stage in self.finished_stages]
         if name not in names:
-            raise ValueError(f"No stage {name!r} has ended in {self.args.output_dir}; finished: {', '.join(names) or 'none'}.")
+            raise ValueError(
+                f"No stage {name!r} has ended in {self.args.output_dir}; finished: {', '.join(names) or 'none'}."
+            )
         return RunRecord(Path(self.args.output_dir), self.args.method, []).stage_folder(names.index(name), name)
 
     def _become(self, folder: Path) -> None:
         loaded = type(self.model).from_pretrained(folder)
-        # Copied, because tensors that are mapped from the file lie at other addresses, where kernels may sum in another order.
+        # Copied, because tensors that are mapped from the file lie at other addresses, where kernels may sum in
+        # another order.
         self.model.become(copy.deepcopy(loaded).to(self.args.device))
 
     def _find_label_mapping(self, checkpoint: Path | None) -> Tensor | list[int]:
@@ -365,7 +402,7 @@ class VPNsTrainer(Trainer):
             self._predicted_pairs(), self.model.config.backbone_config.num_labels, self.model.config.num_labels
         )
         self.model.set_sparsity(sparsity)
-        return map_labels(counts, self.model.config.label_mapping)
+        return map_labels(counts, str(self.model.config.label_mapping))
 
     @torch.no_grad()
     def _predicted_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -374,13 +411,13 @@ class VPNsTrainer(Trainer):
             predicted = self.model(pixel_values=batch["pixel_values"]).logits.argmax(-1)
             yield self.accelerator.gather_for_metrics((predicted, batch["labels"]))
 
-    # What a stage trains ----------------------------------------------------------------------------------------------
+    # What a stage trains ---------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of one role each, as the stage and `args.prompt_mixing` say."""
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`.")
-        mixing = self.args.prompt_mixing if self.stage is not None and self.stage.prompted else "never"
+        mixing: Any = self.args.prompt_mixing if self.stage.prompted else "never"
         sampler = RoleBatchSampler(
             len(self.train_dataset),
             self._train_batch_size,
@@ -413,7 +450,9 @@ class VPNsTrainer(Trainer):
                 # Scores and prompt are single tensors without norms or biases: all of them decay.
                 in_decay = decayed if role in ("weights", "head") else set(parameters)
                 groups = weight_groups(parameters, in_decay, self.args.weight_decay)
-                parts[role] = build_optimizer(groups, self.args.role_settings(role, self.stage), self.args, self.args.momentum)
+                parts[role] = build_optimizer(
+                    groups, self.args.role_settings(role, self.stage), self.args, self.args.momentum
+                )
             self.optimizer = OptimizerByRole(parts)
         return self.optimizer
 
@@ -434,7 +473,7 @@ class VPNsTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    # What is logged and measured --------------------------------------------------------------------------------------
+    # What is logged and measured -------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the sparsity, the mask entries that changed since the last log and the prompt's largest value."""
@@ -442,9 +481,11 @@ class VPNsTrainer(Trainer):
             logs["sparsity"] = self.model.sparsity
             if "scores" in self.stage.roles:
                 logs["mask_flips"] = sum(
-                    callback.take_flips() for callback in self.callback_handler.callbacks if isinstance(callback, MaskCallback)
+                    callback.take_flips()
+                    for callback in self.callback_handler.callbacks
+                    if isinstance(callback, MaskCallback)
                 )
-            if "prompt" in self.stage.roles:
+            if self.model.prompt is not None and "prompt" in self.stage.roles:
                 logs["prompt_max"] = max(float(p.detach().abs().max()) for p in self.model.prompt.parameters())
         super().log(logs, start_time)
 
@@ -461,11 +502,18 @@ class VPNsTrainer(Trainer):
         Predictions are those of the first pass: without the prompt, unless `args.eval_prompt` is `"with"`.
         """
         outputs = []
-        for self._evaluates_prompted in self._evaluated_roles():
-            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-            suffix = "_prompted" if self._evaluates_prompted else ""
-            outputs.append(output._replace(metrics={f"{name}{suffix}": value for name, value in output.metrics.items()}))
-        return outputs[0]._replace(metrics={name: value for output in outputs for name, value in output.metrics.items()})
+        for use_prompt in self._evaluated_roles():
+            self._evaluates_prompted = use_prompt
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            suffix = "_prompted" if use_prompt else ""
+            outputs.append(
+                output._replace(metrics={f"{name}{suffix}": value for name, value in output.metrics.items()})
+            )
+        return outputs[0]._replace(
+            metrics={name: value for output in outputs for name, value in output.metrics.items()}
+        )
 
     def _evaluated_roles(self) -> list[bool]:
         if not self.method.uses_prompt and self.args.eval_prompt != "with":
@@ -476,7 +524,7 @@ class VPNsTrainer(Trainer):
         """One evaluation batch, with or without the prompt."""
         return super().prediction_step(model, {**inputs, "use_prompt": self._evaluates_prompted}, *args, **kwargs)
 
-    # Saving and loading -----------------------------------------------------------------------------------------------
+    # Saving and loading ----------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # As Trainer does it, but checkpoints are not packed and no pickle of the arguments is left beside the weights.

@@ -16,12 +16,12 @@ EVAL_PROMPTS = ("without", "with", "both")
 
 @dataclass
 class VPNsTrainingArguments(TrainingArguments):
-    """Arguments of [`VPNsTrainer`]: all of [`~transformers.TrainingArguments`], which apply to the tune stage and, where
-    nothing else is said, to every stage, and those below. `max_steps` bounds every stage; `load_best_model_at_end` applies
-    to the last stage alone.
+    """Arguments of [`VPNsTrainer`]: all of [`~transformers.TrainingArguments`], which apply to the tune stage and,
+    where nothing else is said, to every stage, and those below. `max_steps` bounds every stage;
+    `load_best_model_at_end` applies to the last stage alone.
 
-    Defaults that differ from Trainer's: SGD with momentum, cosine schedule, weight decay 1e-4, no gradient clipping (it would
-    couple the norms of prompt and scores), `remove_unused_columns=False`.
+    Defaults that differ from Trainer's: SGD with momentum, cosine schedule, weight decay 1e-4, no gradient clipping
+    (it would couple the norms of prompt and scores), `remove_unused_columns=False`.
     """
 
     method: str = field(default="vpns", metadata={"help": "Pruning method: vpns, vpns_zero_prompt, hydra or dense."})
@@ -30,23 +30,39 @@ class VPNsTrainingArguments(TrainingArguments):
     )
     search_epochs: float = field(
         default=30.0,
-        metadata={"help": "Epochs of the search. With prompt_mixing=alternate an epoch shows every image twice: prompted and plain."},
+        metadata={
+            "help": "Epochs of the search. With prompt_mixing=alternate an epoch shows every image twice: prompted "
+            "and plain."
+        },
     )
-    search_max_steps: int = field(default=-1, metadata={"help": "Optimizer steps of the search; replaces max_steps and search_epochs."})
-    head_warm_up_epochs: float = field(default=1.0, metadata={"help": "Epochs that train a new head alone, before the search."})
+    search_max_steps: int = field(
+        default=-1, metadata={"help": "Optimizer steps of the search; replaces max_steps and search_epochs."}
+    )
+    head_warm_up_epochs: float = field(
+        default=1.0, metadata={"help": "Epochs that train a new head alone, before the search."}
+    )
     num_train_epochs: float = field(default=30.0, metadata={"help": "Epochs of the tune stage."})
-    score_optim: str = field(default="adam", metadata={"help": "Optimizer of the scores, and of the prompt during the search."})
-    score_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the scores."})
-    search_prompt_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the prompt during the search."})
-    score_lr_scheduler_type: str | None = field(
-        default=None, metadata={"help": "Schedule of scores and prompt during the search; lr_scheduler_type when not given."}
+    score_optim: str = field(
+        default="adam", metadata={"help": "Optimizer of the scores, and of the prompt during the search."}
     )
-    optim: str = field(default="sgd", metadata={"help": "Optimizer of weights and head, and of the prompt in the tune stage."})
+    score_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the scores."})
+    search_prompt_learning_rate: float = field(
+        default=1e-4, metadata={"help": "Learning rate of the prompt during the search."}
+    )
+    score_lr_scheduler_type: str | None = field(
+        default=None,
+        metadata={"help": "Schedule of scores and prompt during the search; lr_scheduler_type when not given."},
+    )
+    optim: str = field(
+        default="sgd", metadata={"help": "Optimizer of weights and head, and of the prompt in the tune stage."}
+    )
     learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the weights."})
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of a new head; learning_rate when not given."}
     )
-    prompt_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the prompt in the tune stage."})
+    prompt_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of the prompt in the tune stage."}
+    )
     momentum: float = field(default=0.9, metadata={"help": "Momentum of the optimizer sgd."})
     prompt_mixing: str = field(
         default="alternate",
@@ -56,9 +72,12 @@ class VPNsTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of every role."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 clips nothing."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop dataset columns that the model does not take."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop dataset columns that the model does not take."}
+    )
     restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Restore the callbacks' states when resuming, so that logs go on as they would have."}
+        default=True,
+        metadata={"help": "Restore the callbacks' states when resuming, so that logs go on as they would have."},
     )
 
     def __post_init__(self) -> None:
