@@ -17,6 +17,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import yaml
 from datasets import DatasetDict
@@ -66,7 +67,7 @@ class Recipe:
     ):
         self.model_args, self.data_args, self.args, self.recipe_args = model_args, data_args, args, recipe_args
         self.folder = Path(args.output_dir)
-        self.hub = {
+        self.hub: dict[str, Any] = {
             "revision": model_args.model_revision,
             "token": model_args.token,
             "cache_dir": model_args.cache_dir,
@@ -95,9 +96,8 @@ class Recipe:
         set_seed(args.seed)
         processor = self._load_processor()
         model = self._build_model(processor)
-        size, mean, std = tuple(model.config.image_size), model.config.image_mean, model.config.image_std
-        processor = matching_image_processor(processor, size, mean, std)
-        self.transforms = ImageTransforms(processor, size, mean, std)
+        processor = matching_image_processor(processor, *model.config.geometry)
+        self.transforms = ImageTransforms(processor, *model.config.geometry)
         augmented, plain = (
             self.splits["train"].with_transform(view) for view in (self.transforms.train, self.transforms.eval)
         )

@@ -94,8 +94,8 @@ class PromptedSparseConfig(PreTrainedConfig):
         for name, value in (("size", self.image_size), ("mean", self.image_mean), ("std", self.image_std)):
             if value is None:
                 raise ValueError(
-                    f"The image {name} is needed, but neither the image processor nor the backbone's configuration gives "
-                    f"it; pass `image_{name}=...` or `image_processor=...`."
+                    f"The image {name} is needed, but neither the image processor nor the backbone's configuration "
+                    f"gives it; pass `image_{name}=...` or `image_processor=...`."
                 )
         height, width = self.image_size or ()
         return ImageGeometry((height, width), tuple(self.image_mean or ()), tuple(self.image_std or ()))

@@ -179,7 +179,7 @@ def _matching_modules(entry: str, modules: Mapping[str, nn.Module]) -> list[str]
 def stored_weight(slot: Slot) -> Tensor:
     """The parameter that stores the weight itself, whether or not it is parametrized."""
     if parametrize.is_parametrized(slot.module, slot.tensor_name):
-        return cast(Tensor, _parametrizations(slot).original)
+        return _parametrizations(slot).original
     return slot.module.get_parameter(slot.tensor_name)
 
 

@@ -81,11 +81,11 @@ class OptimizerByRole(torch.optim.Optimizer):
         for part in self.parts.values():
             part.step()
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """The state of every part, by role."""
         return {role: part.state_dict() for role, part in self.parts.items()}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore every part.
 
         Raises:

@@ -102,8 +102,8 @@ class VisualPrompt(nn.Module):
 class PadPrompt(VisualPrompt):
     """A trainable frame of `prompt_size` pixels around the image, zero at the start (VPNs, arXiv 2312.01397).
 
-    Holds its four strips only: `channels * (2 * p * w + 2 * p * (h - 2 * p))` parameters, 39,936 at 224 pixels and p =
-        16.
+    Holds its four strips only: with p = `prompt_size`, `channels * (2 * p * w + 2 * p * (h - 2 * p))` parameters,
+    39,936 at 224 pixels and p = 16.
     """
 
     def __init__(self, config: PromptedSparseConfig):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .modeling import PromptedSparseModel
 from .prompts import VisualPrompt
-from .sparsity import LayerSparsity, SparsityReport, _block_name
+from .sparsity import LayerSparsity, SparsityReport, block_name
 
 MISSING = "–"  # noqa: RUF001
 
@@ -220,7 +220,7 @@ def density_figure(report: SparsityReport) -> Figure:
 
 def _block_runs(report: SparsityReport) -> Iterator[tuple[str, list[int]]]:
     """Neighbouring layers of one block: the block's name and the layers' positions."""
-    for name, run in groupby(enumerate(report.layers), key=lambda item: _block_name(item[1].name)):
+    for name, run in groupby(enumerate(report.layers), key=lambda item: block_name(item[1].name)):
         yield name, [index for index, _ in run]
 
 

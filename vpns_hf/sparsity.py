@@ -68,7 +68,7 @@ class SparsityReport:
         """Layers summed by block: the name up to and including its last number, or the layer's own module."""
         blocks: dict[str, LayerSparsity] = {}
         for layer in self.layers:
-            name = _block_name(layer.name)
+            name = block_name(layer.name)
             old = blocks.get(name, LayerSparsity(name, 0, 0, 0, 0))
             blocks[name] = LayerSparsity(
                 name,
@@ -97,7 +97,8 @@ class SparsityReport:
         return json.dumps(asdict(self) | totals, indent=2)
 
 
-def _block_name(weight: str) -> str:
+def block_name(weight: str) -> str:
+    """The block that a weight belongs to: its name up to the last number, or its own module where there is none."""
     parts = weight.split(".")[:-1]
     last_number = max((index for index, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
     return ".".join(parts[: last_number + 1])

@@ -1,9 +1,9 @@
 """Packed safetensors: the kept weights and a coded mask in place of every masked tensor, all else as it is.
 
 The file is plain safetensors and any of its readers opens it. A masked tensor `name` is stored as `name`, its kept
-values in row-major order, and `name:mask`, the bytes of its mask in the shortest of [`CODINGS`]. The metadata holds what
-the caller gave and two keys of ours: the packing version, and a JSON object with the shape and coding of every masked
-tensor.
+values in row-major order, and `name:mask`, the bytes of its mask in the shortest of [`CODINGS`]. The metadata holds
+what the caller gave and two keys of ours: the packing version, and a JSON object with the shape and coding of every
+masked tensor.
 
 Reading trusts nothing: what the header says is checked against the size of the file, and what a payload decodes to
 against the header, before memory is taken for it.
@@ -73,8 +73,8 @@ def save_packed(
 ) -> None:
     """Write tensors to one safetensors file, those with a mask packed.
 
-    Tensor by tensor: beyond a copy of one tensor where it is not contiguous or not on the CPU, the memory taken is less
-    than one byte an entry of the largest mask. The file appears at `path` complete or not at all.
+    Tensor by tensor: beyond a copy of one tensor where it is not contiguous or not on the CPU, the memory taken is
+    less than one byte an entry of the largest mask. The file appears at `path` complete or not at all.
 
     Args:
         path: the file to write; replaced if it is there.
@@ -120,7 +120,8 @@ def load_packed(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
                 if name in layout.packed:
                     tensors[name], masks[name] = _read_packed(file, header, name, layout.packed[name])
                 else:
-                    tensors[name] = _read_tensor(file, header.entries[name])
+                    entry = header.entries[name]
+                    tensors[name] = _as_tensor(_read_bits(file, entry), entry.dtype, entry.shape)
     return tensors, {name: masks[name] for name in layout.packed}, layout.metadata
 
 
@@ -146,9 +147,9 @@ class Coding(NamedTuple):
     """One way to write a mask as bytes.
 
     `encode(mask)` takes a 1-D bool array and returns the payload, or None where the coding does not apply.
-    `decode(payload, total, kept)` returns the 1-D bool array of `total` entries and raises ValueError where the payload
-    is no such mask. It must not take memory that the length of the payload does not justify; the caller counts the kept
-    entries.
+    `decode(payload, total, kept)` returns the 1-D bool array of `total` entries and raises ValueError where the
+    payload is no such mask. It must not take memory that the length of the payload does not justify; the caller counts
+    the kept entries.
     """
 
     encode: Callable[[np.ndarray], bytes | None]
@@ -277,8 +278,8 @@ def _check_savable(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], m
             raise ValueError(f"There is a mask of {name!r}, but no tensor of that name.")
         if mask.dtype != torch.bool or mask.shape != (shape := tensors[name].shape):
             raise ValueError(
-                f"The mask of {name!r} is {mask.dtype} of shape {tuple(mask.shape)}; the tensor asks for torch.bool of "
-                f"shape {tuple(shape)}."
+                f"The mask of {name!r} is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape "
+                f"{tuple(shape)}."
             )
     for key, text in metadata.items():
         if key in (VERSION_KEY, LAYOUT_KEY) or (key == "format" and text != "pt") or not isinstance(text, str):
@@ -446,8 +447,8 @@ def _read_header(file: BinaryIO) -> _Header:
         raise ValueError("its header has no metadata.")
     if metadata.get(VERSION_KEY) != VERSION:
         raise ValueError(
-            f"its packing version is {metadata.get(VERSION_KEY)!r} and this release reads {VERSION!r}; upgrade vpns_hf with "
-            "`pip install -U vpns-hf`."
+            f"its packing version is {metadata.get(VERSION_KEY)!r} and this release reads {VERSION!r}; upgrade "
+            "vpns_hf, as with `pip install -U vpns-hf`."
         )
     data_start, file_size = file.tell(), os.fstat(file.fileno()).st_size
     entries = {name: _checked_entry(name, claim, data_start) for name, claim in claims.items()}
@@ -525,37 +526,38 @@ def _checked_packed(name: str, claim: Any, header: _Header) -> _Packed:
     return _Packed(coding, shape)
 
 
-def _read_bytes(file: BinaryIO, entry: _Entry) -> np.ndarray:
+def _read_bits(file: BinaryIO, entry: _Entry) -> np.ndarray:
+    """The items of a stored array, in one dimension, as unsigned integers of their size."""
     data = np.empty(entry.stop - entry.start, dtype=np.uint8)
     file.seek(entry.start)
     if file.readinto(data.data) != data.size:  # type: ignore[attr-defined]
         raise ValueError("is cut short.")
-    if entry.dtype == torch.bool and np.any(data > 1):
+    if entry.dtype == torch.bool and (data > 1).any():
         raise ValueError("has truth values that are neither 0 nor 1.")
-    return data
+    return data.view(f"u{entry.dtype.itemsize}")
 
 
-def _read_tensor(file: BinaryIO, entry: _Entry) -> Tensor:
-    return torch.from_numpy(_read_bytes(file, entry)).view(entry.dtype).view(entry.shape)
+def _as_tensor(bits: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(bits).view(dtype).view(shape)
 
 
 def _read_packed(file: BinaryIO, header: _Header, name: str, packed: _Packed) -> tuple[Tensor, Tensor]:
     entry = header.entries[name]
     total, kept = math.prod(packed.shape), entry.shape[0]
-    payload = _read_bytes(file, header.entries[name + MASK_SUFFIX]).tobytes()
+    payload = _read_bits(file, header.entries[name + MASK_SUFFIX]).tobytes()
     mask = packed.coding.decode(payload, total, kept)
     if np.count_nonzero(mask) != kept:
         raise ValueError(f"has {kept} values and a mask that keeps {np.count_nonzero(mask)}.")
-    values = _read_bytes(file, entry)
-    dense = values if kept == total else _scatter(values.view(f"u{entry.dtype.itemsize}"), mask)
-    return torch.from_numpy(dense).view(entry.dtype).view(packed.shape), torch.from_numpy(mask).view(packed.shape)
+    values = _read_bits(file, entry)
+    dense = values if kept == total else _scatter(values, mask)
+    return _as_tensor(dense, entry.dtype, packed.shape), _as_tensor(mask, torch.bool, packed.shape)
 
 
 def _scatter(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Bytes of the array that holds the values where the mask is True and zeros elsewhere."""
+    """An array with the values in order where the mask is True and zeros elsewhere."""
     dense, used = np.zeros(mask.size, dtype=values.dtype), 0
     for start in range(0, mask.size, _CHUNK):
         kept = np.flatnonzero(mask[start : start + _CHUNK])
         dense[start : start + _CHUNK][kept] = values[used : used + kept.size]
         used += kept.size
-    return dense.view(np.uint8)
+    return dense
