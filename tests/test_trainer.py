@@ -283,7 +283,7 @@ def test_methods(method, tmp_path):
     assert model.sparsity == pytest.approx(0 if method == "dense" else 0.5, abs=1e-3)
     assert model.config.state == ("dense" if method == "dense" else "frozen")
     steps = [stage["steps"] for stage in json.loads((tmp_path / "stages.json").read_text())["finished"]]
-    assert steps == {"vpns": [8, 8], "vpns_zero_prompt": [8, 8], "hydra": [4, 4], "dense": [4]}[method]
+    assert steps == {"vpns": [8, 8], "vpns_zero_prompt": [8, 8], "hydra": [4, 4], "dense": [8]}[method]
 
 
 def test_zero_prompt_control_differs_from_vpns_only_by_the_prompt(tmp_path):

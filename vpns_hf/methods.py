@@ -17,7 +17,8 @@ class Stage:
             every optimizer step if the scores train. `"frozen"`: the mask is fixed and the zeros are written into the
             weights. `"dense"`: nothing is masked.
         length: whose epochs and steps of the arguments apply: `"warm_up"`, `"search"` or `"tune"`.
-        prompted: whether prompted batches are mixed in as `prompt_mixing` says; if not, every batch is plain.
+        prompted: whether prompted batches are mixed in as `prompt_mixing` says; if not, or if the model has no prompt,
+            every batch is plain.
         sparsity: replaces the sparsity asked for; 0 keeps every weight.
         only_new_head: skipped when the head is the pretrained one.
     """
@@ -38,15 +39,12 @@ class Method:
     Args:
         description: one sentence.
         stages: in order.
+        uses_prompt: whether the model must have a prompt and is evaluated with it, too.
     """
 
     description: str
     stages: tuple[Stage, ...]
-
-    @property
-    def uses_prompt(self) -> bool:
-        """Whether any stage shows prompted images."""
-        return any(stage.prompted for stage in self.stages)
+    uses_prompt: bool = False
 
     def stages_for(self, new_head: bool) -> tuple[Stage, ...]:
         """The stages that run on a model with or without a new head."""
@@ -70,18 +68,20 @@ METHODS: dict[str, Method] = {
     "vpns": Method(
         "Learn masks and a visual prompt together, then tune weights and prompt (arXiv 2312.01397).",
         _search_and_tune(prompted=True, trains_prompt=True),
+        uses_prompt=True,
     ),
     "vpns_zero_prompt": Method(
         "Control: the loop of VPNs with the prompt held at zero.",
         _search_and_tune(prompted=True, trains_prompt=False),
+        uses_prompt=True,
     ),
     "hydra": Method(
         "Learn masks alone, then tune the weights (arXiv 2002.10509).",
         _search_and_tune(prompted=False, trains_prompt=False),
     ),
     "dense": Method(
-        "Reference: tune all weights, prune nothing.",
-        (_WARM_UP, Stage("tune", frozenset({"weights", "head"}), "dense", "tune")),
+        "Reference: the loop of VPNs tuning all weights, with nothing pruned and the prompt held at zero.",
+        (_WARM_UP, Stage("tune", frozenset({"weights", "head"}), "dense", "tune", prompted=True)),
     ),
 }
 

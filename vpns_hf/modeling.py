@@ -681,7 +681,11 @@ def _rebuilt(model: PreTrainedModel, labels: dict[int, str]) -> PreTrainedModel:
 def _head_parameters(model: PreTrainedModel) -> list[str]:
     """Names of the parameters whose shape follows the number of labels."""
     labels = {index: str(index) for index in range(model.config.num_labels + 1)}
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            wider = _rebuilt(model, labels)
+    except RuntimeError:
+        # Some timm models read values of tensors while they are built.
         wider = _rebuilt(model, labels)
     shapes = {name: parameter.shape for name, parameter in wider.named_parameters()}
     return [name for name, parameter in model.named_parameters() if parameter.shape != shapes[name]]

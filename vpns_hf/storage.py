@@ -11,6 +11,7 @@ against the header, before memory is taken for it.
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 import os
@@ -18,9 +19,11 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -114,15 +117,18 @@ def load_packed(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
         with _blaming(f"{os.fspath(path)} is no packed file of vpns_hf that can be read:"):
             header = _read_header(file)
             layout = _read_layout(header)
-        tensors, masks = {}, {}
-        for name in layout.names:
+        source = _Source(file)
+
+        def read(name: str) -> tuple[Tensor, Tensor | None]:
             with _blaming(f"{os.fspath(path)} is damaged: tensor {name!r}"):
-                if name in layout.packed:
-                    tensors[name], masks[name] = _read_packed(file, header, name, layout.packed[name])
-                else:
-                    entry = header.entries[name]
-                    tensors[name] = _as_tensor(_read_bits(file, entry), entry.dtype, entry.shape)
-    return tensors, {name: masks[name] for name in layout.packed}, layout.metadata
+                return _read_tensor(source, header, layout, name)
+
+        # Most of the time goes into zlib and numpy, which let other threads run.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            found = dict(zip(layout.names, pool.map(read, layout.names), strict=True))
+    tensors = {name: tensor for name, (tensor, _) in found.items()}
+    masks = {name: mask for name in layout.packed if (mask := found[name][1]) is not None}
+    return tensors, masks, layout.metadata
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
@@ -146,49 +152,79 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
 class Coding(NamedTuple):
     """One way to write a mask as bytes.
 
-    `encode(mask)` takes a 1-D bool array and returns the payload, or None where the coding does not apply.
-    `decode(payload, total, kept)` returns the 1-D bool array of `total` entries and raises ValueError where the
-    payload is no such mask. It must not take memory that the length of the payload does not justify; the caller counts
-    the kept entries.
+    `encode(mask, limit)` takes a 1-D bool array and returns the payload, or None where that does not apply or where an
+    estimate says that the payload would take `limit` bytes or more.
+    `decode(payload, total, kept)` returns the positions of the kept entries in order, in pieces. It raises ValueError
+    before the first piece, not later, where the payload is no mask of `total` entries of which `kept` are True; until
+    then it takes no memory that the length of the payload does not justify.
     """
 
-    encode: Callable[[np.ndarray], bytes | None]
-    decode: Callable[[bytes, int, int], np.ndarray]
+    encode: Callable[[np.ndarray, int], bytes | None]
+    decode: Callable[[bytes, int, int], Iterator[np.ndarray]]
 
 
-def _encode_dense(mask: np.ndarray) -> bytes | None:
+def _encode_dense(mask: np.ndarray, limit: int) -> bytes | None:
     return b"" if mask.all() else None
 
 
-def _decode_dense(payload: bytes, total: int, kept: int) -> np.ndarray:
+def _decode_dense(payload: bytes, total: int, kept: int) -> Iterator[np.ndarray]:
     if payload or kept != total:
         raise ValueError("is stored dense, but it has pruned entries.")
-    return np.ones(total, dtype=np.bool_)
+    return (np.arange(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK))
 
 
-def _encode_bits(mask: np.ndarray) -> bytes:
-    return np.packbits(mask).tobytes()
+def _encode_bits(mask: np.ndarray, limit: int) -> bytes | None:
+    return np.packbits(mask).tobytes() if (mask.size + 7) // 8 < limit else None
 
 
-def _decode_bits(payload: bytes, total: int, kept: int) -> np.ndarray:
+def _decode_bits(payload: bytes, total: int, kept: int) -> Iterator[np.ndarray]:
     if len(payload) != (total + 7) // 8:
         raise ValueError(f"has a mask of {len(payload)} bytes, which does not fit its {total} entries.")
     if total % 8 and payload[-1] & (0xFF >> total % 8):
         raise ValueError("has a mask with more bits than entries.")
-    return np.unpackbits(np.frombuffer(payload, dtype=np.uint8), count=total).view(np.bool_)
+    packed = np.frombuffer(payload, dtype=np.uint8)
+    _check_kept(int(np.bitwise_count(packed).sum(dtype=np.int64)), kept)
+    return _bit_positions(packed)
 
 
-def _encode_huffman(mask: np.ndarray) -> bytes:
-    return _deflate([np.packbits(mask)])
+def _bit_positions(packed: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, packed.size, _CHUNK // 8):
+        bits = np.unpackbits(packed[start : start + _CHUNK // 8]).view(np.bool_)
+        yield np.flatnonzero(bits) + 8 * start
 
 
-def _decode_huffman(payload: bytes, total: int, kept: int) -> np.ndarray:
-    return _decode_bits(_inflate(payload, (total + 7) // 8), total, kept)
+def _check_kept(found: int, kept: int) -> None:
+    if found != kept:
+        raise ValueError(f"has {kept} values and a mask that keeps {found}.")
 
 
-def _encode_gaps(mask: np.ndarray) -> bytes | None:
-    # Where more is kept, most gaps are 0 or 1 and a bit each would be less.
-    return _deflate(_gaps(mask)) if 4 * np.count_nonzero(mask) <= mask.size else None
+def _encode_huffman(mask: np.ndarray, limit: int) -> bytes | None:
+    packed = np.packbits(mask)
+    return _deflate([packed]) if _huffman_size(packed) < limit else None
+
+
+def _huffman_size(data: np.ndarray) -> float:
+    """Bytes that the best Huffman code of these bytes takes, without its table."""
+    weights = sorted(count for count in np.bincount(data).tolist() if count)
+    bits = weights[0] if len(weights) == 1 else 0
+    while len(weights) > 1:
+        merged = heapq.heappop(weights) + heapq.heappop(weights)
+        heapq.heappush(weights, merged)
+        bits += merged
+    return bits / 8
+
+
+def _decode_huffman(payload: bytes, total: int, kept: int) -> Iterator[np.ndarray]:
+    size = (total + 7) // 8
+    packed = _inflate(payload, size)
+    if len(packed) != size:
+        raise ValueError(f"has a mask that decodes to {len(packed)} of {size} bytes.")
+    return _decode_bits(packed, total, kept)
+
+
+def _encode_gaps(mask: np.ndarray, limit: int) -> bytes | None:
+    # Where more is kept, most gaps are 0 or 1 and the bits themselves are as short.
+    return _deflate(_gaps(mask)) if 5 * np.count_nonzero(mask) <= mask.size else None
 
 
 def _gaps(mask: np.ndarray) -> Iterator[np.ndarray]:
@@ -207,26 +243,31 @@ def _gaps(mask: np.ndarray) -> Iterator[np.ndarray]:
         long = np.flatnonzero(gaps >= 255)
         full_steps = gaps[long] // 255
         gaps[long] -= 255 * full_steps
-        yield np.insert(gaps.astype(np.uint8), np.repeat(long, full_steps), 255)
+        steps = gaps.astype(np.uint8)
+        yield np.insert(steps, np.repeat(long, full_steps), 255) if long.size else steps
         run = chunk.size - 1 - int(kept[-1])
     yield np.full(run // 255, 255, dtype=np.uint8)
 
 
-def _decode_gaps(payload: bytes, total: int, kept: int) -> np.ndarray:
-    longest = min(kept + (total - kept) // 255, 8 * len(payload))
-    steps = np.frombuffer(_inflate(payload, longest, exact=False), dtype=np.uint8)
+def _decode_gaps(payload: bytes, total: int, kept: int) -> Iterator[np.ndarray]:
+    steps = np.frombuffer(_inflate(payload, kept + (total - kept) // 255), dtype=np.uint8)
     lands = steps != 255
-    walked = int(steps.sum(dtype=np.int64)) + int(np.count_nonzero(lands))
+    _check_kept(int(np.count_nonzero(lands)), kept)
+    walked = int(steps.sum(dtype=np.int64)) + kept
     if not 0 <= total - walked < 255:
-        raise ValueError(f"has a mask of {walked} entries and its shape has {total}.")
-    mask, start = np.zeros(total, dtype=np.bool_), -1
-    for piece in range(0, steps.size, _CHUNK):
-        landing = lands[piece : piece + _CHUNK]
-        ends = np.cumsum(steps[piece : piece + _CHUNK] + landing.view(np.uint8), dtype=np.int64)
-        ends += start
-        mask[ends[landing]] = True
-        start = int(ends[-1])
-    return mask
+        raise ValueError(f"has a mask of {walked} entries and a shape of {total}.")
+    return _gap_positions(steps, lands)
+
+
+def _gap_positions(steps: np.ndarray, lands: np.ndarray) -> Iterator[np.ndarray]:
+    last = -1
+    for start in range(0, steps.size, _CHUNK):
+        landing = lands[start : start + _CHUNK]
+        ends = np.add(steps[start : start + _CHUNK], landing, dtype=np.int64)
+        ends[0] += last
+        np.cumsum(ends, out=ends)
+        last = ends[-1]
+        yield ends if landing.all() else ends[landing]
 
 
 def _deflate(pieces: list[np.ndarray] | Iterator[np.ndarray]) -> bytes:
@@ -235,33 +276,40 @@ def _deflate(pieces: list[np.ndarray] | Iterator[np.ndarray]) -> bytes:
     return b"".join([*map(stream.compress, pieces), stream.flush()])  # type: ignore[arg-type]
 
 
-def _inflate(payload: bytes, size: int, exact: bool = True) -> bytes:
-    """The bytes of a deflated payload: `size`, or at most that unless `exact`; never takes memory for more."""
-    if exact and size > 8 * len(payload):
-        raise ValueError(f"has a mask of {len(payload)} coded bytes, too few for the {size} that they stand for.")
+def _inflate(payload: bytes, limit: int) -> bytes:
+    """The bytes that a payload of [`_deflate`] stands for, refused beyond `limit`.
+
+    Huffman codes take a bit a byte or more. So a payload that stands for more than that was not written here, and the
+    memory taken stays in proportion to the file.
+    """
+    limit = min(limit, 8 * len(payload))
     stream = zlib.decompressobj()
-    decoded = stream.decompress(payload, size + 1)
-    if len(decoded) > size:
-        raise ValueError(f"has a mask that decodes to more than its {size} bytes.")
-    if not stream.eof or (exact and len(decoded) < size):
+    decoded = stream.decompress(payload, limit + 1)
+    if len(decoded) > limit:
+        raise ValueError(f"has a mask of {len(payload)} bytes that decodes to more than {limit}.")
+    if not stream.eof:
         raise ValueError("has a coded mask that is cut short.")
     if stream.unused_data:
         raise ValueError("has bytes behind its coded mask.")
     return decoded
 
 
-# From the fastest to decode to the slowest: the first of the shortest is taken.
+# In the order in which they are tried: the gaps come first because the limit that they set often rules out the next.
 CODINGS = {
     "dense": Coding(_encode_dense, _decode_dense),
-    "bits": Coding(_encode_bits, _decode_bits),
-    "huffman": Coding(_encode_huffman, _decode_huffman),
     "gaps": Coding(_encode_gaps, _decode_gaps),
+    "huffman": Coding(_encode_huffman, _decode_huffman),
+    "bits": Coding(_encode_bits, _decode_bits),
 }
 
 
 def _shortest_coding(mask: np.ndarray) -> tuple[str, bytes]:
-    payloads = ((name, coding.encode(mask)) for name, coding in CODINGS.items())
-    return min(((name, payload) for name, payload in payloads if payload is not None), key=lambda item: len(item[1]))
+    best, shortest, limit = "", b"", mask.size + 1
+    for name, coding in CODINGS.items():
+        payload = coding.encode(mask, limit)
+        if payload is not None and len(payload) < limit:
+            best, shortest, limit = name, payload, len(payload)
+    return best, shortest
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -526,38 +574,44 @@ def _checked_packed(name: str, claim: Any, header: _Header) -> _Packed:
     return _Packed(coding, shape)
 
 
-def _read_bits(file: BinaryIO, entry: _Entry) -> np.ndarray:
-    """The items of a stored array, in one dimension, as unsigned integers of their size."""
-    data = np.empty(entry.stop - entry.start, dtype=np.uint8)
-    file.seek(entry.start)
-    if file.readinto(data.data) != data.size:  # type: ignore[attr-defined]
-        raise ValueError("is cut short.")
-    if entry.dtype == torch.bool and (data > 1).any():
-        raise ValueError("has truth values that are neither 0 nor 1.")
-    return data.view(f"u{entry.dtype.itemsize}")
+class _Source:
+    """The data of an open file, read by several threads."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.lock = Lock()
+
+    def read(self, entry: _Entry, first: int = 0, count: int | None = None) -> np.ndarray:
+        """`count` items of a stored array from item `first` on, as unsigned integers of their size."""
+        size = entry.dtype.itemsize
+        data = np.empty(entry.stop - entry.start if count is None else count * size, dtype=np.uint8)
+        with self.lock:
+            self.file.seek(entry.start + first * size)
+            length = self.file.readinto(data.data)  # type: ignore[attr-defined]
+        if length != data.size:
+            raise ValueError("is cut short.")
+        if entry.dtype == torch.bool and (data > 1).any():
+            raise ValueError("has truth values that are neither 0 nor 1.")
+        return data.view(f"u{size}")
 
 
-def _as_tensor(bits: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(bits).view(dtype).view(shape)
-
-
-def _read_packed(file: BinaryIO, header: _Header, name: str, packed: _Packed) -> tuple[Tensor, Tensor]:
+def _read_tensor(source: _Source, header: _Header, layout: _Layout, name: str) -> tuple[Tensor, Tensor | None]:
+    """A tensor and its mask, or None where it has no mask."""
     entry = header.entries[name]
+    if name not in layout.packed:
+        return _as_tensor(source.read(entry), entry.dtype, entry.shape), None
+    packed = layout.packed[name]
     total, kept = math.prod(packed.shape), entry.shape[0]
-    payload = _read_bits(file, header.entries[name + MASK_SUFFIX]).tobytes()
-    mask = packed.coding.decode(payload, total, kept)
-    if np.count_nonzero(mask) != kept:
-        raise ValueError(f"has {kept} values and a mask that keeps {np.count_nonzero(mask)}.")
-    values = _read_bits(file, entry)
-    dense = values if kept == total else _scatter(values, mask)
-    return _as_tensor(dense, entry.dtype, packed.shape), _as_tensor(mask, torch.bool, packed.shape)
+    pieces = packed.coding.decode(source.read(header.entries[name + MASK_SUFFIX]).tobytes(), total, kept)
+    items, mask = np.zeros(total, dtype=f"u{entry.dtype.itemsize}"), np.zeros(total, dtype=np.bool_)
+    used = 0
+    for positions in pieces:
+        items[positions] = source.read(entry, used, positions.size)
+        mask[positions] = True
+        used += positions.size
+    return _as_tensor(items, entry.dtype, packed.shape), _as_tensor(mask, torch.bool, packed.shape)
 
 
-def _scatter(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """An array with the values in order where the mask is True and zeros elsewhere."""
-    dense, used = np.zeros(mask.size, dtype=values.dtype), 0
-    for start in range(0, mask.size, _CHUNK):
-        kept = np.flatnonzero(mask[start : start + _CHUNK])
-        dense[start : start + _CHUNK][kept] = values[used : used + kept.size]
-        used += kept.size
-    return dense
+def _as_tensor(items: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    # torch gives empty arrays strides of 0, which later views trip over.
+    return torch.from_numpy(items).view(dtype).view(shape) if items.size else torch.empty(shape, dtype=dtype)

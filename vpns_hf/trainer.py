@@ -417,7 +417,8 @@ class VPNsTrainer(Trainer):
         """Batches of one role each, as the stage and `args.prompt_mixing` say."""
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`.")
-        mixing: Any = self.args.prompt_mixing if self.stage.prompted else "never"
+        mixes = self.stage.prompted and self.model.prompt is not None
+        mixing: Any = self.args.prompt_mixing if mixes else "never"
         sampler = RoleBatchSampler(
             len(self.train_dataset),
             self._train_batch_size,
