@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -77,15 +78,27 @@ SCOPES = ("global", *_COUNTS)
 
 def _keep_largest(values: Tensor, count: int) -> Tensor:
     """Bool tensor that is True at exactly `count` largest entries of a vector; ties go to the lower index."""
-    if values.isnan().any():
-        raise ValueError("Scores contain NaN, so no mask can be selected; lower the learning rate of the scores.")
     if count == 0:
         return torch.zeros_like(values, dtype=torch.bool)
-    threshold = values.kthvalue(values.numel() - count + 1).values
-    mask = values > threshold
-    ties = (values == threshold).nonzero().squeeze(1)
-    mask[ties[: count - int(mask.sum())]] = True
+    threshold = _kth_smallest(values, values.numel() - count)
+    mask = values >= threshold
+    surplus = int(mask.count_nonzero()) - count
+    if surplus < 0:
+        # NaN ranks above every number but compares with none.
+        raise ValueError("Scores contain NaN, so no mask can be selected; lower the learning rate of the scores.")
+    if surplus:
+        ties = (values == threshold).nonzero().squeeze(1)
+        mask[ties[len(ties) - surplus :]] = False
     return mask
+
+
+def _kth_smallest(values: Tensor, index: int) -> Tensor:
+    """The entry at a position (from 0) of the sorted vector."""
+    if values.device.type != "cpu":
+        return values.kthvalue(index + 1).values
+    # numpy's vectorised selection is several times faster than torch's on a CPU; half precision widens exactly.
+    array = values.numpy() if values.dtype in (torch.float32, torch.float64) else values.float().numpy()
+    return torch.tensor(np.partition(array, index)[index]).to(values.dtype)
 
 
 @torch.no_grad()

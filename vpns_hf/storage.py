@@ -18,8 +18,8 @@ import os
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,12 @@ _MAX_HEADER = 2**24
 _MAX_DIMS = 64
 # Masks and values are walked in pieces of this many entries, so that index arrays stay small and in the cache.
 _CHUNK = 2**18
+# Bytes that zlib, given most memory, codes with one table, and what a table takes.
+_BLOCK, _TABLE = 2**15, 80
+# Each takes up to a byte for every entry of the mask that it packs or unpacks.
+_MAX_THREADS = 8
+# Above the largest size that malloc may take from its own heap, where it would have to clear memory by hand.
+_ARENA = 2**26
 
 
 class PackedFormatError(ValueError):
@@ -76,8 +82,8 @@ def save_packed(
 ) -> None:
     """Write tensors to one safetensors file, those with a mask packed.
 
-    Tensor by tensor: beyond a copy of one tensor where it is not contiguous or not on the CPU, the memory taken is
-    less than one byte an entry of the largest mask. The file appears at `path` complete or not at all.
+    Tensor by tensor: the memory taken is that of the largest tensor at most, and as much again where it has to be
+    copied because it is not contiguous or not on the CPU. The file appears at `path` complete or not at all.
 
     Args:
         path: the file to write; replaced if it is there.
@@ -117,14 +123,13 @@ def load_packed(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
         with _blaming(f"{os.fspath(path)} is no packed file of vpns_hf that can be read:"):
             header = _read_header(file)
             layout = _read_layout(header)
-        source = _Source(file)
+        reader = _Reader(file, header, layout)
 
         def read(name: str) -> tuple[Tensor, Tensor | None]:
             with _blaming(f"{os.fspath(path)} is damaged: tensor {name!r}"):
-                return _read_tensor(source, header, layout, name)
+                return reader.read_tensor(name)
 
-        # Most of the time goes into zlib and numpy, which let other threads run.
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with ThreadPoolExecutor(_threads()) as pool:
             found = dict(zip(layout.names, pool.map(read, layout.names), strict=True))
     tensors = {name: tensor for name, (tensor, _) in found.items()}
     masks = {name: mask for name in layout.packed if (mask := found[name][1]) is not None}
@@ -139,11 +144,16 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
     """
     with open(path, "rb") as file:
         try:
-            header = _parse_json(_read_header_bytes(file))
+            header = _parse_json(_read_header_bytes(file), "header")
         except ValueError:
             return False
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     return isinstance(metadata, dict) and VERSION_KEY in metadata
+
+
+def _threads() -> int:
+    # Nearly all of the time goes into zlib and numpy, which let other threads run.
+    return min(torch.get_num_threads(), _MAX_THREADS)
 
 
 # Codings of a mask ---------------------------------------------------------------------------------------------------
@@ -154,6 +164,7 @@ class Coding(NamedTuple):
 
     `encode(mask, limit)` takes a 1-D bool array and returns the payload, or None where that does not apply or where an
     estimate says that the payload would take `limit` bytes or more.
+
     `decode(payload, total, kept)` returns the positions of the kept entries in order, in pieces. It raises ValueError
     before the first piece, not later, where the payload is no mask of `total` entries of which `kept` are True; until
     then it takes no memory that the length of the payload does not justify.
@@ -204,14 +215,14 @@ def _encode_huffman(mask: np.ndarray, limit: int) -> bytes | None:
 
 
 def _huffman_size(data: np.ndarray) -> float:
-    """Bytes that the best Huffman code of these bytes takes, without its table."""
+    """About how many bytes [`_deflate`] makes of these bytes: their best Huffman code, and a table for each block."""
     weights = sorted(count for count in np.bincount(data).tolist() if count)
     bits = weights[0] if len(weights) == 1 else 0
     while len(weights) > 1:
         merged = heapq.heappop(weights) + heapq.heappop(weights)
         heapq.heappush(weights, merged)
         bits += merged
-    return bits / 8
+    return bits / 8 + _TABLE * math.ceil(data.size / _BLOCK)
 
 
 def _decode_huffman(payload: bytes, total: int, kept: int) -> Iterator[np.ndarray]:
@@ -223,8 +234,8 @@ def _decode_huffman(payload: bytes, total: int, kept: int) -> Iterator[np.ndarra
 
 
 def _encode_gaps(mask: np.ndarray, limit: int) -> bytes | None:
-    # Where more is kept, most gaps are 0 or 1 and the bits themselves are as short.
-    return _deflate(_gaps(mask)) if 5 * np.count_nonzero(mask) <= mask.size else None
+    # Where more is kept, a random mask is as short as bits, and those are faster.
+    return _deflate(_gaps(mask)) if 6 * np.count_nonzero(mask) <= mask.size else None
 
 
 def _gaps(mask: np.ndarray) -> Iterator[np.ndarray]:
@@ -284,7 +295,10 @@ def _inflate(payload: bytes, limit: int) -> bytes:
     """
     limit = min(limit, 8 * len(payload))
     stream = zlib.decompressobj()
-    decoded = stream.decompress(payload, limit + 1)
+    try:
+        decoded = stream.decompress(payload, limit + 1)
+    except zlib.error as error:
+        raise ValueError(f"has a mask that cannot be decoded ({error}).") from None
     if len(decoded) > limit:
         raise ValueError(f"has a mask of {len(payload)} bytes that decodes to more than {limit}.")
     if not stream.eof:
@@ -324,7 +338,8 @@ def _check_savable(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], m
     for name, mask in masks.items():
         if name not in tensors:
             raise ValueError(f"There is a mask of {name!r}, but no tensor of that name.")
-        if mask.dtype != torch.bool or mask.shape != (shape := tensors[name].shape):
+        shape = tensors[name].shape
+        if mask.dtype != torch.bool or mask.shape != shape:
             raise ValueError(
                 f"The mask of {name!r} is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of shape "
                 f"{tuple(shape)}."
@@ -345,6 +360,15 @@ def _flat_bits(tensor: Tensor) -> np.ndarray:
 
 def _flat_mask(mask: Tensor) -> np.ndarray:
     return mask.detach().cpu().contiguous().view(-1).numpy()
+
+
+def _encoded(masks: Mapping[str, Tensor], pool: Executor) -> Iterator[tuple[str, str, bytes]]:
+    """Name, coding and payload of each mask, a few at a time."""
+    names, threads = list(masks), _threads()
+    for start in range(0, len(names), threads):
+        batch = names[start : start + threads]
+        found = pool.map(lambda name: _shortest_coding(_flat_mask(masks[name])), batch)
+        yield from ((name, *coded) for name, coded in zip(batch, found, strict=True))
 
 
 class _Span(NamedTuple):
@@ -369,16 +393,20 @@ def _write(
         raise ValueError(f"The names and metadata take {room} bytes; a packed file has room for {_MAX_HEADER}.")
     spans, codings = dict[str, _Span](), dict[str, str]()
     data_start = file.seek(8 + room)
-    # Large items first keeps every tensor aligned to its own item size, which readers that map the file rely on.
-    for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):
+
+    def write(name: str, pieces: Iterable[np.ndarray | bytes]) -> None:
         start = file.tell()
-        _write_tensor(file, name, tensors[name], masks.get(name))
+        for piece in pieces:
+            file.write(piece)
         spans[name] = _Span(start - data_start, file.tell() - data_start)
-    for name, mask in masks.items():
-        start = file.tell()
-        codings[name], payload = _shortest_coding(_flat_mask(mask))
-        file.write(payload)
-        spans[name + MASK_SUFFIX] = _Span(start - data_start, file.tell() - data_start)
+
+    with ThreadPoolExecutor(_threads()) as pool:
+        # Large items first keeps every tensor aligned to its own item size, which readers that map the file rely on.
+        for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):
+            bits = _flat_bits(tensors[name])
+            write(name, _kept_values(name, bits, _flat_mask(masks[name]), pool) if name in masks else [bits])
+        for name, codings[name], payload in _encoded(masks, pool):
+            write(name + MASK_SUFFIX, [payload])
     file.seek(0)
     file.write(room.to_bytes(8, "little") + header(spans, codings).ljust(room))
 
@@ -402,21 +430,18 @@ def _header_bytes(
     return json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, mask: Tensor | None) -> None:
-    bits = _flat_bits(tensor)
-    if mask is None:
-        file.write(bits.data)
-        return
-    keep = _flat_mask(mask)
-    for start in range(0, bits.size, _CHUNK):
+def _kept_values(name: str, bits: np.ndarray, mask: np.ndarray, pool: Executor) -> Iterator[np.ndarray]:
+    def gather(start: int) -> np.ndarray:
         chunk = bits[start : start + _CHUNK]
-        kept = np.compress(keep[start : start + _CHUNK], chunk)
+        kept = np.compress(mask[start : start + _CHUNK], chunk)
         if np.count_nonzero(chunk) != np.count_nonzero(kept):
             raise ValueError(
                 f"Tensor {name!r} is not +0.0 in every entry that its mask prunes, and what is there would be lost; "
                 "write zeros first with `tensor.masked_fill_(~mask, 0)`."
             )
-        file.write(kept.data)
+        return kept
+
+    return pool.map(gather, range(0, bits.size, _CHUNK))
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -458,15 +483,15 @@ def _blaming(subject: str) -> Iterator[None]:
     """Turn what the checks raise into the one exception of this module, its message begun with `subject`."""
     try:
         yield
-    except (ValueError, zlib.error) as error:
+    except ValueError as error:
         raise PackedFormatError(f"{subject} {error}") from error
 
 
-def _parse_json(text: bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def _parse_json(text: bytes, what: str, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     try:
         return json.loads(text.decode(), object_pairs_hook=hook)
-    except RecursionError:
-        raise ValueError("its JSON is nested too deeply.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        raise ValueError(f"its {what} is no sound JSON.") from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -489,7 +514,7 @@ def _read_header_bytes(file: BinaryIO) -> bytes:
 
 
 def _read_header(file: BinaryIO) -> _Header:
-    claims = _parse_json(_read_header_bytes(file), _without_duplicates)
+    claims = _parse_json(_read_header_bytes(file), "header", _without_duplicates)
     metadata = claims.pop("__metadata__", None) if isinstance(claims, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("its header has no metadata.")
@@ -525,9 +550,9 @@ def _is_size(number: Any) -> bool:
 
 def _checked_shape(name: str, shape: Any) -> tuple[int, ...]:
     if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(map(_is_size, shape)):
-        raise ValueError(f"the shape of tensor {name!r} is none.")
+        raise ValueError(f"tensor {name!r} has no proper shape.")
     if math.prod(max(size, 1) for size in shape) >= 2**63:
-        raise ValueError(f"the shape of tensor {name!r} is too large.")
+        raise ValueError(f"tensor {name!r} has too large a shape.")
     return tuple(shape)
 
 
@@ -543,7 +568,7 @@ def _check_coverage(entries: Mapping[str, _Entry], data_start: int, file_size: i
 
 
 def _read_layout(header: _Header) -> _Layout:
-    layout = _parse_json(header.metadata.get(LAYOUT_KEY, "").encode(), _without_duplicates)
+    layout = _parse_json(header.metadata.get(LAYOUT_KEY, "").encode(), LAYOUT_KEY, _without_duplicates)
     if not isinstance(layout, dict) or set(layout) != {"metadata", "packed"} or not isinstance(layout["packed"], dict):
         raise ValueError(f"its {LAYOUT_KEY} is malformed.")
     keys = layout["metadata"]
@@ -559,7 +584,7 @@ def _read_layout(header: _Header) -> _Layout:
 
 def _checked_packed(name: str, claim: Any, header: _Header) -> _Packed:
     values, payload = header.entries.get(name), header.entries.get(name + MASK_SUFFIX)
-    if values is None or payload is None:
+    if values is None or payload is None or name.endswith(MASK_SUFFIX):
         raise ValueError(f"tensor {name!r} is said to be packed, but its values or its mask are missing.")
     if not isinstance(claim, dict) or set(claim) != {"coding", "shape"}:
         raise ValueError(f"its {LAYOUT_KEY} describes tensor {name!r} wrongly.")
@@ -574,42 +599,71 @@ def _checked_packed(name: str, claim: Any, header: _Header) -> _Packed:
     return _Packed(coding, shape)
 
 
-class _Source:
-    """The data of an open file, read by several threads."""
+class _Arena:
+    """Zeroed arrays cut from large blocks, each freed with the last array in it.
 
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.lock = Lock()
+    The system hands out pages of a large block many at a time; one by one, they cost more than the unpacking.
+    """
 
-    def read(self, entry: _Entry, first: int = 0, count: int | None = None) -> np.ndarray:
-        """`count` items of a stored array from item `first` on, as unsigned integers of their size."""
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._rest = np.zeros(0, dtype=np.uint8)
+
+    def zeros(self, count: int, itemsize: int) -> np.ndarray:
+        """`count` zeros as unsigned integers of `itemsize` bytes."""
+        size = count * itemsize
+        aligned = size + -size % 64
+        with self._lock:
+            if aligned > self._rest.size:
+                self._rest = np.zeros(max(aligned, _ARENA), dtype=np.uint8)
+            taken, self._rest = self._rest[:size], self._rest[aligned:]
+        return taken.view(f"u{itemsize}")
+
+
+class _Reader:
+    """Reads tensors of an open file, also from several threads."""
+
+    def __init__(self, file: BinaryIO, header: _Header, layout: _Layout):
+        self._file = file
+        self._header = header
+        self._layout = layout
+        self._lock = Lock()
+        # Apart, so that dropping all masks frees their memory.
+        self._items, self._masks = _Arena(), _Arena()
+
+    def read_tensor(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """A tensor and its mask, or None where it has no mask.
+
+        Raises:
+            ValueError: what is stored is not what the header says.
+        """
+        entry = self._header.entries[name]
+        if name not in self._layout.packed:
+            return _as_tensor(self._read_items(entry, 0, math.prod(entry.shape)), entry.dtype, entry.shape), None
+        packed = self._layout.packed[name]
+        coded = self._header.entries[name + MASK_SUFFIX]
+        payload = self._read_items(coded, 0, coded.shape[0]).tobytes()
+        total, kept = math.prod(packed.shape), entry.shape[0]
+        pieces = packed.coding.decode(payload, total, kept)
+        items, mask, used = self._items.zeros(total, entry.dtype.itemsize), self._masks.zeros(total, 1), 0
+        for positions in pieces:
+            items[positions] = self._read_items(entry, used, positions.size)
+            mask[positions] = 1
+            used += positions.size
+        return _as_tensor(items, entry.dtype, packed.shape), _as_tensor(mask, torch.bool, packed.shape)
+
+    def _read_items(self, entry: _Entry, first: int, count: int) -> np.ndarray:
+        """Items of a stored array from `first` on, as unsigned integers of their size."""
         size = entry.dtype.itemsize
-        data = np.empty(entry.stop - entry.start if count is None else count * size, dtype=np.uint8)
-        with self.lock:
-            self.file.seek(entry.start + first * size)
-            length = self.file.readinto(data.data)  # type: ignore[attr-defined]
+        data = np.empty(count * size, dtype=np.uint8)
+        with self._lock:
+            self._file.seek(entry.start + first * size)
+            length = self._file.readinto(data.data)  # type: ignore[attr-defined]
         if length != data.size:
             raise ValueError("is cut short.")
         if entry.dtype == torch.bool and (data > 1).any():
             raise ValueError("has truth values that are neither 0 nor 1.")
         return data.view(f"u{size}")
-
-
-def _read_tensor(source: _Source, header: _Header, layout: _Layout, name: str) -> tuple[Tensor, Tensor | None]:
-    """A tensor and its mask, or None where it has no mask."""
-    entry = header.entries[name]
-    if name not in layout.packed:
-        return _as_tensor(source.read(entry), entry.dtype, entry.shape), None
-    packed = layout.packed[name]
-    total, kept = math.prod(packed.shape), entry.shape[0]
-    pieces = packed.coding.decode(source.read(header.entries[name + MASK_SUFFIX]).tobytes(), total, kept)
-    items, mask = np.zeros(total, dtype=f"u{entry.dtype.itemsize}"), np.zeros(total, dtype=np.bool_)
-    used = 0
-    for positions in pieces:
-        items[positions] = source.read(entry, used, positions.size)
-        mask[positions] = True
-        used += positions.size
-    return _as_tensor(items, entry.dtype, packed.shape), _as_tensor(mask, torch.bool, packed.shape)
 
 
 def _as_tensor(items: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
