@@ -160,6 +160,20 @@ def test_memory_format_does_not_matter(file, tensor):
     assert load_packed(file)[0]["weight"].is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.is_floating_point or dtype.is_complex], ids=str)
+def test_pruned_negative_zeros_come_back_as_zeros(file, dtype):
+    sign = torch.zeros(4, dtype=torch.uint8).repeat_interleave(dtype.itemsize)
+    sign[dtype.itemsize - 1 :: dtype.itemsize] = 0x80
+    tensor, mask = sign.view(dtype), torch.tensor([True, False, True, False])
+    if (tensor.to(torch.complex64) != 0).any():
+        # In some types of one byte there is no -0.0.
+        with pytest.raises(ValueError, match="is not zero"):
+            save_packed(file, {"w": tensor}, {"w": mask}, {})
+        return
+    save_packed(file, {"w": tensor}, {"w": mask}, {})
+    assert torch.equal(bits(load_packed(file)[0]["w"]), bits(pruned(tensor, mask)))
+
+
 def test_kept_zeros_stay_kept(file):
     assert_round_trip(file, {"w": torch.tensor([0.0, -0.0, 1, 0])}, {"w": torch.tensor([True, True, True, False])})
 
@@ -262,11 +276,25 @@ def test_loading_takes_little_more_than_what_is_loaded(file, monkeypatch, sparsi
 # What cannot be saved ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [1.0, -0.0, float("nan"), 1e-45])
-def test_values_that_would_be_lost_are_refused(file, value):
-    tensor, mask = torch.zeros(300), torch.ones(300, dtype=torch.bool)
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (1, torch.float32),
+        (1e-45, torch.float32),
+        (5e-324, torch.float64),
+        (float("nan"), torch.bfloat16),
+        (0.5, torch.float8_e4m3fn),
+        (1j, torch.complex64),
+        (1, torch.int8),
+        (2**63, torch.uint64),
+        (True, torch.bool),
+    ],
+    ids=str,
+)
+def test_values_that_would_be_lost_are_refused(file, value, dtype):
+    tensor, mask = torch.zeros(300, dtype=dtype), torch.ones(300, dtype=torch.bool)
     tensor[7], mask[7] = value, False
-    with pytest.raises(ValueError, match=r"'block\.weight' is not \+0\.0 in every entry that its mask prunes"):
+    with pytest.raises(ValueError, match=r"'block\.weight' is not zero in every entry that its mask prunes"):
         save_packed(file, {"block.weight": tensor}, {"block.weight": mask}, {})
     assert list(file.parent.iterdir()) == []
 

@@ -87,14 +87,15 @@ def save_packed(
 
     Args:
         path: the file to write; replaced if it is there.
-        tensors: dense tensors of any shape, memory format and device by name. Values are kept bit for bit, memory
-            formats are not. Tensors that share memory are stored once each.
+        tensors: dense tensors of any shape, memory format and device by name. Values come back bit for bit, but for
+            -0.0 in a pruned entry, which comes back as 0.0; memory formats do not. Tensors that share memory are
+            stored once each.
         masks: bool tensors, True where the entry is kept, for some of these names and of the same shapes.
         metadata: free text by key; it is not coded.
 
     Raises:
-        ValueError: a pruned entry is anything but +0.0 (-0.0 would not come back either), a mask fits no tensor, or a
-            name, dtype or key cannot be stored. Nothing is written then.
+        ValueError: a pruned entry is not zero, a mask fits no tensor, or a name, dtype or key cannot be stored.
+            Nothing is written then.
         OSError: the file cannot be written, as on a full disk; what was at `path` before is untouched.
     """
     _check_savable(tensors, masks, metadata)
@@ -394,7 +395,7 @@ def _write(
     spans, codings = dict[str, _Span](), dict[str, str]()
     data_start = file.seek(8 + room)
 
-    def write(name: str, pieces: Iterable[np.ndarray | bytes]) -> None:
+    def write(name: str, pieces: Iterable[bytes | memoryview]) -> None:
         start = file.tell()
         for piece in pieces:
             file.write(piece)
@@ -403,8 +404,10 @@ def _write(
     with ThreadPoolExecutor(_threads()) as pool:
         # Large items first keeps every tensor aligned to its own item size, which readers that map the file rely on.
         for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):
-            bits = _flat_bits(tensors[name])
-            write(name, _kept_values(name, bits, _flat_mask(masks[name]), pool) if name in masks else [bits])
+            if name in masks:
+                write(name, _kept_values(name, tensors[name], masks[name], pool))
+            else:
+                write(name, [_flat_bits(tensors[name]).data])
         for name, codings[name], payload in _encoded(masks, pool):
             write(name + MASK_SUFFIX, [payload])
     file.seek(0)
@@ -430,18 +433,29 @@ def _header_bytes(
     return json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _kept_values(name: str, bits: np.ndarray, mask: np.ndarray, pool: Executor) -> Iterator[np.ndarray]:
-    def gather(start: int) -> np.ndarray:
-        chunk = bits[start : start + _CHUNK]
-        kept = np.compress(mask[start : start + _CHUNK], chunk)
-        if np.count_nonzero(chunk) != np.count_nonzero(kept):
+def _kept_values(name: str, tensor: Tensor, mask: Tensor, pool: Executor) -> Iterator[memoryview]:
+    bits, keep = _flat_bits(tensor), _flat_mask(mask)
+
+    def gather(start: int) -> memoryview:
+        chunk, keep_chunk = bits[start : start + _CHUNK], keep[start : start + _CHUNK]
+        kept = np.compress(keep_chunk, chunk)
+        # Counting is much faster than to look at the pruned entries, which rarely hold as much as a -0.0.
+        if np.count_nonzero(chunk) != np.count_nonzero(kept) and not _all_zero(chunk[~keep_chunk], tensor.dtype):
             raise ValueError(
-                f"Tensor {name!r} is not +0.0 in every entry that its mask prunes, and what is there would be lost; "
+                f"Tensor {name!r} is not zero in every entry that its mask prunes, and what is there would be lost; "
                 "write zeros first with `tensor.masked_fill_(~mask, 0)`."
             )
-        return kept
+        return kept.data
 
     return pool.map(gather, range(0, bits.size, _CHUNK))
+
+
+def _all_zero(bits: np.ndarray, dtype: torch.dtype) -> bool:
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return not bits.any()
+    values = torch.from_numpy(bits).view(dtype)
+    # Types of one byte cannot be compared; as float32 they keep their values.
+    return not ((values.float() if dtype.itemsize == 1 else values) != 0).any()
 
 
 # Reading -------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
@@ -34,6 +35,16 @@ from .training_args import VPNsTrainingArguments
 
 STAGES_NAME = "stages.json"
 MODEL_FOLDER = "model"
+PUBLISHED_FILES = (
+    "README.md",
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "preprocessor_config.json",
+    "recipe.yaml",
+    "sparsity_report.json",
+    "figures/*.png",
+)
 
 
 @dataclass(frozen=True)
@@ -295,14 +306,16 @@ class VPNsTrainer(Trainer):
         self.model_wrapped = self.model
         with self._stage_arguments(stage, folder, is_last=stage is stages[-1]):
             output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
-            self.model = self.model_wrapped = self.accelerator.unwrap_model(
-                self.model_wrapped, keep_fp32_wrapper=False
-            )
+            self.model = self.model_wrapped = self._unwrapped()
             evaluation = {} if self.eval_dataset is None else self.evaluate()
         record.finished.append(FinishedStage(stage.name, self.state.global_step, evaluation))
         self._keep(folder, record)
         self._announce(index, stage, stages, evaluation)
         return output
+
+    def _unwrapped(self) -> PromptedSparseModel:
+        """The model without what accelerate put around it: autocast, torch.compile, DistributedDataParallel."""
+        return self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
 
     def _enter(self, stage: Stage) -> None:
         """Bring the model into the stage's state and make the stage's roles trainable."""
@@ -536,6 +549,37 @@ class VPNsTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(folder, packed=packed, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload the model, its image processor, card, recipe, report and figures in one commit, and nothing else.
+
+        Arguments and result as of [`~transformers.Trainer.push_to_hub`].
+        """
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        return HfApi().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            commit_message=commit_message,
+            token=token,
+            run_as_future=not blocking,
+            revision=revision or self.args.hub_revision,
+            # Checkpoints hold pickles and must never be published.
+            allow_patterns=list(PUBLISHED_FILES),
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -72,6 +72,7 @@ class VPNsTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of every role."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 clips nothing."})
+    hub_strategy: str = field(default="end", metadata={"help": "When push_to_hub uploads: only at the end."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Drop dataset columns that the model does not take."}
     )
@@ -85,6 +86,10 @@ class VPNsTrainingArguments(TrainingArguments):
         get_method(self.method)
         _check_choice("prompt_mixing", self.prompt_mixing, PROMPT_MIXINGS)
         _check_choice("eval_prompt", self.eval_prompt, EVAL_PROMPTS)
+        if self.push_to_hub and self.hub_strategy != "end":
+            raise ValueError(
+                f"`hub_strategy` is {str(self.hub_strategy)!r}; VPNsTrainer only uploads at the end, so use 'end'."
+            )
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise ValueError(f"`sparsity` is {self.sparsity}; expected a fraction in [0, 1), such as 0.9 for 90 %.")
 
