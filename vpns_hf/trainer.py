@@ -570,7 +570,9 @@ class VPNsTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**kwargs)
-        return HfApi().upload_folder(
+        # Its signature has one overload for either value of `run_as_future`, so a plain bool fits none.
+        api: Any = HfApi()
+        return api.upload_folder(
             repo_id=self.hub_model_id,
             folder_path=self.args.output_dir,
             commit_message=commit_message,
