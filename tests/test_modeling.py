@@ -210,6 +210,17 @@ def test_sparsity_report():
     assert report.to_markdown().count("\n") == len(report.layers) + 2
 
 
+def test_saving_keeps_what_it_must(tmp_path):
+    model = tiny_model("vit")
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert (tmp_path / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="call `push_to_hub"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    with pytest.raises(ValueError, match="Only frozen masks can be packed"):
+        model.save_pretrained(tmp_path, packed=True)
+
+
 def test_missing_tensors_are_refused(tmp_path):
     model = tiny_model("vit")
     model.save_pretrained(tmp_path, packed=False)

@@ -178,6 +178,18 @@ def test_half_written_checkpoint_is_passed_over(tmp_path):
     assert_same(resumed.model, whole.model)
 
 
+def test_resume_from_a_named_checkpoint(tmp_path, monkeypatch):
+    """A relative path to a checkpoint of the search goes back there, although the run had ended."""
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path / "run", fresh(), **settings)
+    whole.train()
+    monkeypatch.chdir(tmp_path)
+    resumed = make_trainer(tmp_path / "run", fresh(), **settings)
+    resumed.train(resume_from_checkpoint="run/0-search/checkpoint-4")
+    assert_same(resumed.model, whole.model)
+    assert [stage.name for stage in resumed.finished_stages] == ["search", "tune"]
+
+
 def test_a_second_run_does_not_overwrite_the_first(tmp_path):
     make_trainer(tmp_path, fresh(), max_steps=1, save_strategy="no").train()
     with pytest.raises(ValueError, match="holds an earlier run"):

@@ -23,6 +23,17 @@ def _frequency(counts: Tensor) -> Tensor:
 LABEL_MAPPINGS: dict[str, Callable[[Tensor], Tensor]] = {"frequency": _frequency}
 
 
+def get_label_mapping(name: str) -> Callable[[Tensor], Tensor]:
+    """The label mapping of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in LABEL_MAPPINGS:
+        raise ValueError(f"`label_mapping` is {name!r}; expected None or one of {', '.join(LABEL_MAPPINGS)}.")
+    return LABEL_MAPPINGS[name]
+
+
 def map_labels(counts: Tensor, method: str = "frequency") -> Tensor:
     """Choose a source class for every target class.
 
@@ -38,15 +49,14 @@ def map_labels(counts: Tensor, method: str = "frequency") -> Tensor:
     Raises:
         ValueError: an unknown method, or fewer source than target classes.
     """
-    if method not in LABEL_MAPPINGS:
-        raise ValueError(f"`label_mapping` is {method!r}; expected None or one of {', '.join(LABEL_MAPPINGS)}.")
+    mapping = get_label_mapping(method)
     if counts.shape[0] < counts.shape[1]:
         raise ValueError(
             "A one-to-one label mapping needs at least as many source as target classes; there are "
             f"{counts.shape[0]} and "
             f"{counts.shape[1]}. Use a new head instead (`label_mapping=None`)."
         )
-    return LABEL_MAPPINGS[method](counts)
+    return mapping(counts)
 
 
 def count_predictions(pairs: Iterable[tuple[Tensor, Tensor]], num_source: int, num_target: int) -> Tensor:

@@ -31,7 +31,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from . import masking, storage
 from .configuration import PromptedSparseConfig
-from .label_mapping import LABEL_MAPPINGS
+from .label_mapping import get_label_mapping
 from .prompts import build_prompt
 from .sparsity import SparsityReport, measure_sparsity
 
@@ -147,10 +147,8 @@ class PromptedSparseModel(PreTrainedModel):
             OSError: the backbone cannot be found.
         """
         labels = _label_names(num_labels, id2label)
-        if label_mapping is not None and label_mapping not in LABEL_MAPPINGS:
-            raise ValueError(
-                f"`label_mapping` is {label_mapping!r}; expected None or one of {', '.join(LABEL_MAPPINGS)}."
-            )
+        if label_mapping is not None:
+            get_label_mapping(label_mapping)
         if label_mapping is not None and (new_head or labels is None):
             raise ValueError(
                 "A label mapping keeps the pretrained head: pass `num_labels` or `id2label` of the task, and no "
@@ -200,8 +198,7 @@ class PromptedSparseModel(PreTrainedModel):
         except (ValueError, RuntimeError, AssertionError) as error:
             raise ValueError(
                 f"{type(self.backbone).__name__} does not accept images of {tuple(self.config.image_size)} (height, "
-                "width) "
-                f"with {channels} channels: {error}"
+                f"width) with {channels} channels: {error}"
             ) from error
         self.train(training)
 
@@ -217,8 +214,10 @@ class PromptedSparseModel(PreTrainedModel):
             packed: store the kept values and a coded mask instead of every weight. None: when the masks are frozen.
 
         Raises:
-            ValueError: `packed=True` while the masks are not frozen.
+            ValueError: `packed=True` while the masks are not frozen, or `push_to_hub=True`.
         """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("`save_pretrained` only saves; call `push_to_hub('user/repo')` to publish the model.")
         if packed and self.config.state != "frozen":
             raise ValueError(
                 f"Only frozen masks can be packed; the model is in the {self.config.state!r} state. Call "
@@ -231,7 +230,8 @@ class PromptedSparseModel(PreTrainedModel):
             weights = sorted(Path(name).glob("*.safetensors"))
             if packed or (packed is None and self.config.state == "frozen"):
                 _pack(weights)
-            for stale in folder.glob("model*.safetensors*"):
+            # Processes other than the main one write no weights and must not remove those that it wrote.
+            for stale in folder.glob("model*.safetensors*") if weights else ():
                 stale.unlink()
             for file in Path(name).iterdir():
                 os.replace(file, folder / file.name)
@@ -252,8 +252,7 @@ class PromptedSparseModel(PreTrainedModel):
         if wrong := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
             raise ValueError(
                 f"{name} does not hold the tensors that its config.json describes: {len(wrong)} are missing or have "
-                "another "
-                f"shape, such as {wrong[0]}. The download may be incomplete."
+                f"another shape, such as {wrong[0]}. The download may be incomplete."
             )
         model.name_or_path = model.config.name_or_path = name
         model._mask_gradients()

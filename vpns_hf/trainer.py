@@ -273,8 +273,8 @@ class VPNsTrainer(Trainer):
                 if index < len(stages)
                 else None
             )
-        checkpoint = Path(resume_from_checkpoint)
-        folders = [record.stage_folder(index, stage.name) for index, stage in enumerate(stages)]
+        checkpoint = Path(resume_from_checkpoint).resolve()
+        folders = [record.stage_folder(index, stage.name).resolve() for index, stage in enumerate(stages)]
         if (
             checkpoint.parent not in folders[: len(record.finished) + 1]
             or not (checkpoint / TRAINER_STATE_NAME).is_file()
