@@ -1,4 +1,4 @@
-"""Prune a pretrained image classifier with VPNs, and compare it with the same model fine-tuned densely.
+"""Prune a pretrained image classifier with VPNs, and compare it with references such as the densely tuned model.
 
     accelerate launch recipes/prune_vit.py                                    # the embedded demo
     accelerate launch recipes/prune_vit.py --config recipes/vit/vit_base_cifar100.yaml --sparsity 0.8
@@ -19,11 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import yaml
+from huggingface_hub import ModelCard
 from rich.console import Console
 from transformers.utils import logging
 
 from vpns_hf import SparsityReport, VPNsTrainer, VPNsTrainingArguments
 from vpns_hf.data import TRANSFER_TASKS
+from vpns_hf.methods import get_method
 from vpns_hf.model_card import SubnetworkCard
 from vpns_hf.recipe import DataArguments, Experiment, ModelArguments, parse_recipe
 from vpns_hf.report import (
@@ -44,13 +46,25 @@ PACKAGES = ("vpns-hf", "torch", "torchvision", "transformers", "datasets", "acce
 class RecipeArguments:
     """What this recipe does besides pruning."""
 
-    dense_reference: bool = field(
-        default=True, metadata={"help": "Also fine-tune the dense model, for as many optimizer steps, as a reference."}
+    references: list[str] = field(
+        default_factory=lambda: ["dense"],
+        metadata={
+            "help": "Methods to run as well, for the table: 'dense' is the dense model tuned for as many optimizer "
+            "steps, 'vpns_zero_prompt' is the same loop without a prompt; 'none' runs none."
+        },
     )
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Licence of the pruned model, as the Hub spells it; by default the backbone's own."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.references == ["none"]:
+            self.references = []
 
 
 class Recipe(Experiment):
-    """The pruning run and its dense reference.
+    """The pruning run and its references.
 
     Args:
         model_args, data_args, args, recipe_args: the parsed arguments.
@@ -67,12 +81,28 @@ class Recipe(Experiment):
         self.recipe_args = recipe_args
         self.folder = Path(args.output_dir)
 
-    def dense_arguments(self, steps: int) -> VPNsTrainingArguments:
-        """Arguments of the reference: all weights tuned for this many steps, on the batches that VPNs sees."""
+    def reference_arguments(self, method: str, steps: int) -> VPNsTrainingArguments:
+        """Arguments of a reference: a control is run like the method itself, any other for as many steps in all."""
         args = copy.copy(self.args)
-        args.method, args.output_dir, args.max_steps = "dense", str(self.folder / "dense"), steps
-        args.eval_prompt, args.push_to_hub = "without", False
+        args.method, args.output_dir, args.push_to_hub = method, str(self.folder / method), False
+        if not get_method(method).is_control:
+            args.total_max_steps = steps
+        if not get_method(method).uses_prompt:
+            args.eval_prompt = "without"
         return args
+
+    def license(self) -> str | None:
+        """The licence that was given, else that of the backbone's model card, if it has one that can be read."""
+        if self.recipe_args.license:
+            return self.recipe_args.license
+        backbone = Path(self.model_args.model_name_or_path)
+        try:
+            card = ModelCard.load(
+                backbone / "README.md" if backbone.is_dir() else str(backbone), ignore_metadata_errors=True
+            )
+        except (OSError, ValueError):
+            return None
+        return card.data.license
 
     def card(self, trainer: VPNsTrainer, results: list[Result], sparsity: SparsityReport) -> SubnetworkCard:
         """The model card: what this run has shown."""
@@ -83,11 +113,11 @@ class Recipe(Experiment):
             "density": "Density per layer",
         }
         return SubnetworkCard(
-            title=f"{Path(backbone).name}-{Path(data).name}-{self.args.method}-{sparsity.sparsity:.0%}".rstrip("%"),
+            title=Path(self.args.hub_model_id or self.folder).name,
             repo_id=self.args.hub_model_id or self.folder.name,
-            base_model=Path(backbone).name if Path(backbone).is_dir() else backbone,
+            base_model=public_name(backbone),
             base_model_is_on_hub=not Path(backbone).is_dir(),
-            dataset=Path(data).name,
+            dataset=public_name(data),
             dataset_id=None if Path(data).is_dir() else TRANSFER_TASKS[data].path if data in TRANSFER_TASKS else data,
             split="test",
             images=self.splits["test"].num_rows,
@@ -107,6 +137,7 @@ class Recipe(Experiment):
                 for name, caption in captions.items()
                 if (self.folder / f"figures/{name}.png").is_file()
             },
+            license=self.license(),
         )
 
     def provenance(self) -> str:
@@ -121,6 +152,11 @@ class Recipe(Experiment):
         return comments + yaml.safe_dump(json.loads(json.dumps(arguments, default=str)))
 
 
+def public_name(path: str) -> str:
+    """A Hub id as it is; of a local folder its name and that of the folder it is in."""
+    return "/".join(Path(path).resolve().parts[-2:]) if Path(path).is_dir() else path
+
+
 def main() -> None:
     """Prune, train the reference, save, and report."""
     logging.disable_progress_bar()  # those of loading and saving weights; training keeps its own
@@ -131,24 +167,27 @@ def main() -> None:
     trainer = recipe.trainer(recipe.args)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    dense = None
-    if recipe.recipe_args.dense_reference:
-        steps = sum(stage.steps for stage in trainer.finished_stages if stage.name != "warm_up")
-        dense = recipe.trainer(recipe.dense_arguments(steps))
-        dense.train(resume_from_checkpoint=resume)
-        dense.save_model()
-    results = evaluate(recipe, trainer, dense)
+    steps = sum(stage.steps for stage in trainer.finished_stages if stage.name != "warm_up")
+    references = {}
+    for method in recipe.recipe_args.references:
+        references[method] = recipe.trainer(recipe.reference_arguments(method, steps))
+        references[method].train(resume_from_checkpoint=resume)
+        references[method].save_model()
+    results = evaluate(recipe, trainer, references)
     if trainer.is_world_process_zero():
-        report(recipe, trainer, dense, results)
+        report(recipe, trainer, references, results)
     trainer.end()
 
 
-def evaluate(recipe: Recipe, trainer: VPNsTrainer, dense: VPNsTrainer | None) -> list[Result]:
+def evaluate(recipe: Recipe, trainer: VPNsTrainer, references: dict[str, VPNsTrainer]) -> list[Result]:
     """The rows of the table, each one pass over the test split without and one with the prompt."""
-    searched = VPNsTrainer(model=trainer.load_stage("search"), args=trainer.args, eval_dataset=trainer.eval_dataset)
-    rows = [("before tuning", searched), ("after tuning", trainer)]
-    if dense is not None:
-        rows = [("fine-tuned", dense), *rows]
+    rows = [("after tuning", run) for run in references.values()]
+    if any(stage.name == "search" for stage in trainer.finished_stages):
+        searched = trainer.load_stage("search")
+        rows.append(
+            ("before tuning", VPNsTrainer(model=searched, args=trainer.args, eval_dataset=trainer.eval_dataset))
+        )
+    rows.append(("after tuning", trainer))
     return [measure(recipe, name, run) for name, run in rows]
 
 
@@ -167,7 +206,7 @@ def measure(recipe: Recipe, name: str, run: VPNsTrainer) -> Result:
     )
 
 
-def report(recipe: Recipe, trainer: VPNsTrainer, dense: VPNsTrainer | None, results: list[Result]) -> None:
+def report(recipe: Recipe, trainer: VPNsTrainer, references: dict[str, VPNsTrainer], results: list[Result]) -> None:
     """Print the tables and write numbers and figures into the output folder."""
     folder, sparsity = recipe.folder, trainer.model.sparsity_report()
     console = Console()
@@ -181,17 +220,17 @@ def report(recipe: Recipe, trainer: VPNsTrainer, dense: VPNsTrainer | None, resu
         "validation": {stage.name: stage.metrics for stage in trainer.finished_stages},
     }
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
-    draw(recipe, trainer, dense, sparsity)
+    draw(recipe, trainer, references, sparsity)
     recipe.card(trainer, results, sparsity).save(folder / "README.md")
     console.print(f"The pruned model, its numbers and figures are in {folder}.")
 
 
-def draw(recipe: Recipe, trainer: VPNsTrainer, dense: VPNsTrainer | None, sparsity: SparsityReport) -> None:
+def draw(recipe: Recipe, trainer: VPNsTrainer, references: dict[str, VPNsTrainer], sparsity: SparsityReport) -> None:
     """The three figures."""
     figures = recipe.folder / "figures"
     plot_density(sparsity, figures / "density.png")
-    reference = None if dense is None else {"dense fine-tuned": dense.finished_stages[-1].metrics["eval_accuracy"]}
-    plot_training(trainer.logs(), figures / "training.png", dense=reference)
+    levels = {name: run.finished_stages[-1].metrics["eval_accuracy"] for name, run in references.items()}
+    plot_training(trainer.logs(), figures / "training.png", dense=levels)
     if trainer.model.prompt is not None:
         sample = recipe.eval_split("validation")[0]
         plot_prompt(trainer.model, sample["pixel_values"], figures / "prompt.png")

@@ -80,6 +80,7 @@ def test_wrong_yaml_is_named(tmp_path):
 
 
 COMPARE = runpy.run_path(str(RECIPES / "compare_methods.py"))
+PRUNE = runpy.run_path(str(RECIPES / "prune_vit.py"))
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -91,7 +92,7 @@ def test_every_recipe_parses(path, tmp_path):
         )
         assert all(0 <= cell.sparsity < 1 for cell in wanted.cells())
     else:
-        model, data, args = parse_recipe(CLASSES, ["--config", str(path), *flags])
+        model, data, args, _ = parse_recipe((*CLASSES, PRUNE["RecipeArguments"]), ["--config", str(path), *flags])
         assert 0 < args.sparsity < 1
     assert model.model_name_or_path
     assert data.dataset_name
@@ -146,11 +147,11 @@ def run(task, *flags, script="prune_vit.py", **settings):
         sys.argv = arguments
 
 
-def test_recipe_from_end_to_end(task, capsys):
-    run(task)
+def test_recipe_from_end_to_end(task, capsys, monkeypatch):
+    run(task, "--references", "dense", "vpns_zero_prompt", "--license", "mit")
     out, printed = task / "out", capsys.readouterr().out
     assert "Test split, 30 images" in printed
-    assert printed.count("[stage ") == 5  # warm-up, search, tune; warm-up and tune of the dense reference
+    assert printed.count("[stage ") == 8  # warm-up, search, tune; the same of the control; no search of the dense one
     files = {path.name for path in out.iterdir()}
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "recipe.yaml", "metrics.json"} <= files
     assert {"sparsity_report.json", "results.md", "figures", "stages.json", "README.md"} <= files
@@ -162,9 +163,10 @@ def test_recipe_from_end_to_end(task, capsys):
     assert model.config.id2label == {0: "dark", 1: "grey", 2: "bright"}
     metrics = json.loads((out / "metrics.json").read_text())
     rows = {row["name"]: row for row in metrics["test"]}
-    assert list(rows) == ["dense fine-tuned", "vpns before tuning", "vpns after tuning"]
-    assert rows["dense fine-tuned"]["steps"] == rows["vpns after tuning"]["steps"]
-    assert rows["vpns after tuning"]["file_bytes"] < rows["dense fine-tuned"]["file_bytes"] / 2
+    names = ["dense after tuning", "vpns_zero_prompt after tuning", "vpns before tuning", "vpns after tuning"]
+    assert list(rows) == names
+    assert len({rows[name]["steps"] for name in names if name != "vpns before tuning"}) == 1
+    assert rows["vpns after tuning"]["file_bytes"] < rows["dense after tuning"]["file_bytes"] / 2
 
     # The pipeline, the loaded model and the trainer agree.
     test = Dataset.load_from_disk(task / "data/test")
@@ -180,9 +182,15 @@ def test_recipe_from_end_to_end(task, capsys):
 
     card = ModelCard.load(out / "README.md")
     assert card.data.eval_results[0].metric_value == pytest.approx(rows["vpns after tuning"]["accuracy"], abs=1e-6)
-    assert "30 images of the test split of data" in card.text
+    assert f"30 images of the test split of {task.name}/data" in card.text
     assert "| search | head: adamw_torch at 0.003, prompt: adam at 0.0001, scores: adam at 0.01 |" in card.text
+    assert card.data.license == "mit"
     assert all((out / figure).is_file() for figure in re.findall(r"!\[.*?\]\((.*?)\)", card.text))
+    monkeypatch.chdir(task)
+    code = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert len(code) == 2
+    for block in code:
+        exec(block, {})
 
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert recipe["score_learning_rate"] == 1e-2
@@ -194,6 +202,14 @@ def test_recipe_from_end_to_end(task, capsys):
     before = (out / "model.safetensors").read_bytes()
     run(task, "--resume_from_checkpoint", "true")
     assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_recipe_runs_a_method_without_a_search_and_without_references(task):
+    (task / "backbone/README.md").write_text("---\nlicense: cc-by-4.0\n---\n# A backbone\n")
+    run(task, "--method", "omp", "--references", "none")
+    rows = json.loads((task / "out/metrics.json").read_text())["test"]
+    assert [row["name"] for row in rows] == ["omp after tuning"]
+    assert ModelCard.load(task / "out/README.md").data.license == "cc-by-4.0"
 
 
 def test_recipe_says_what_is_wrong_in_one_line(task):
