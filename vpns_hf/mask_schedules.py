@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .masking import keep_largest, select_masks
+from .masking import select_masks
 from .modeling import PromptedSparseModel
 from .schedules import cubic_sparsity
+from .selection import keep_largest
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,7 @@ def drop_and_grow(weight: Tensor, mask: Tensor, gradient: Tensor, fraction: floa
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    return keep_largest(values.reshape(-1), count).view(values.shape)
+    return keep_largest([values], count)[0]
 
 
 def keep_all(model: PromptedSparseModel) -> int:

@@ -12,10 +12,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from .selection import NAN_SCORES, keep_largest, overwrite_masks
 
 MASK_SUFFIX = "_mask"
 
@@ -76,39 +77,11 @@ _COUNTS = {"layer": _layer_counts, "erk": _erk_counts}
 SCOPES = ("global", *_COUNTS, "row")
 
 
-_NAN_SCORES = "Scores contain NaN, so no mask can be selected; lower the learning rate of the scores."
-
-
-def keep_largest(values: Tensor, count: int) -> Tensor:
-    """Bool tensor that is True at exactly `count` largest entries of a vector; ties go to the lower index."""
-    if count == 0:
-        return torch.zeros_like(values, dtype=torch.bool)
-    threshold = _kth_smallest(values, values.numel() - count)
-    mask = values >= threshold
-    surplus = int(mask.count_nonzero()) - count
-    if surplus < 0:
-        # NaN ranks above every number but compares with none.
-        raise ValueError(_NAN_SCORES)
-    if surplus:
-        ties = (values == threshold).nonzero().squeeze(1)
-        mask[ties[len(ties) - surplus :]] = False
-    return mask
-
-
-def _kth_smallest(values: Tensor, index: int) -> Tensor:
-    """The entry at a position (from 0) of the sorted vector."""
-    if values.device.type != "cpu":
-        return values.kthvalue(index + 1).values
-    # numpy's vectorised selection is several times faster than torch's on a CPU; half precision widens exactly.
-    array = values.numpy() if values.dtype in (torch.float32, torch.float64) else values.float().numpy()
-    return torch.tensor(np.partition(array, index)[index]).to(values.dtype)
-
-
 def _keep_largest_in_rows(score: Tensor, sparsity: float) -> Tensor:
     """Bool tensor that is True at the largest entries of each row of [rows, ...]; ties go to the lower index."""
     rows = score.reshape(len(score), -1)
     if rows.isnan().any():
-        raise ValueError(_NAN_SCORES)
+        raise ValueError(NAN_SCORES)
     kept = rows.sort(dim=1, descending=True, stable=True).indices[:, : kept_count(rows.shape[1], sparsity)]
     return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, kept, True).view(score.shape)
 
@@ -132,20 +105,22 @@ def select_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str = "gl
     Raises:
         ValueError: sparsity outside [0, 1], unknown scope, no scores, or NaN among them.
     """
+    return _select(scores, sparsity, scope, magnitude=False)
+
+
+def _select(scores: Mapping[str, Tensor], sparsity: float, scope: str, magnitude: bool) -> dict[str, Tensor]:
     if not scores:
         raise ValueError("No scores were given, so there is nothing to select.")
     if scope not in SCOPES:
         raise ValueError(f"`scope` is {scope!r}; expected one of {', '.join(SCOPES)}.")
+    if scope == "global":
+        count = kept_count(sum(score.numel() for score in scores.values()), sparsity)
+        return dict(zip(scores, keep_largest(list(scores.values()), count, magnitude), strict=True))
     if scope == "row":
-        return {name: _keep_largest_in_rows(score, sparsity) for name, score in scores.items()}
-    if scope != "global":
-        counts = _COUNTS[scope]({name: score.shape for name, score in scores.items()}, sparsity)
-        return {
-            name: keep_largest(score.reshape(-1), counts[name]).view(score.shape) for name, score in scores.items()
-        }
-    flat = torch.cat([score.reshape(-1) for score in scores.values()])
-    parts = keep_largest(flat, kept_count(flat.numel(), sparsity)).split([score.numel() for score in scores.values()])
-    return {name: part.view(score.shape).clone() for (name, score), part in zip(scores.items(), parts, strict=True)}
+        ranked = {name: score.abs() if magnitude else score for name, score in scores.items()}
+        return {name: _keep_largest_in_rows(score, sparsity) for name, score in ranked.items()}
+    counts = _COUNTS[scope]({name: score.shape for name, score in scores.items()}, sparsity)
+    return {name: keep_largest([score], counts[name], magnitude)[0] for name, score in scores.items()}
 
 
 # Prunable weights ----------------------------------------------------------------------------------------------------
@@ -250,8 +225,9 @@ class _StraightThroughMask(torch.autograd.Function):
         score_grad = None
         if ctx.needs_input_grad[1]:
             response = weight if kept_grad is None or not ctx.implicit else weight - ctx.implicit * kept_grad
-            score_grad = (grad * response).to(scores.dtype)
-            score_grad = score_grad if ctx.signed else score_grad * scores.sign()
+            # In place, because fresh memory costs more than the products.
+            score_grad = grad.to(scores.dtype, copy=True) if ctx.signed else scores.sign().mul_(grad)
+            score_grad.mul_(response)
         return kept_grad if ctx.needs_input_grad[0] else None, score_grad, None, None, None
 
 
@@ -277,10 +253,6 @@ class MaskedWeight(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """The weight with zeros where the mask is False."""
         return _StraightThroughMask.apply(weight, self.scores, self.mask, self.signed, self.implicit_gradient)
-
-    def ranking(self) -> Tensor:
-        """What the mask is selected by: larger = keep."""
-        return self.scores if self.signed else self.scores.abs()
 
 
 def initial_scores(weight: Tensor) -> Tensor:
@@ -340,17 +312,9 @@ def masked_weights(slots: Mapping[str, Slot]) -> dict[str, MaskedWeight]:
 def update_masks(slots: Mapping[str, Slot], sparsity: float, scope: str) -> int:
     """Select the masks anew from the scores and return how many entries changed."""
     masked = masked_weights(slots)
-    selected = select_masks({name: part.ranking() for name, part in masked.items()}, sparsity, scope)
-    return _overwrite({name: part.mask for name, part in masked.items()}, selected)
-
-
-def _overwrite(masks: Mapping[str, Tensor], selected: Mapping[str, Tensor]) -> int:
-    """Copy masks into others in place and return how many entries changed."""
-    flips = 0
-    for name, mask in masks.items():
-        flips += int((mask != selected[name]).sum())
-        mask.copy_(selected[name])
-    return flips
+    signed = any(part.signed for part in masked.values())
+    selected = _select({name: part.scores for name, part in masked.items()}, sparsity, scope, magnitude=not signed)
+    return overwrite_masks({name: part.mask for name, part in masked.items()}, selected)
 
 
 # Frozen state --------------------------------------------------------------------------------------------------------
@@ -369,7 +333,7 @@ def change_frozen_masks(slots: Mapping[str, Slot], masks: Mapping[str, Tensor]) 
 
     A weight that comes back starts at zero, unless its zero was not written yet.
     """
-    flips = _overwrite(frozen_masks(slots), masks)
+    flips = overwrite_masks(frozen_masks(slots), masks)
     zero_masked_weights(slots)
     return flips
 

@@ -11,6 +11,7 @@ from . import masking
 from .layer_inputs import input_columns, observe_inputs
 from .modeling import PromptedSparseModel
 from .scores import Batches, dense_copy
+from .selection import keep_largest
 
 # Unfolded inputs of a convolution are several times as large as its inputs.
 _IMAGES_AT_ONCE = 16
@@ -143,4 +144,4 @@ def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
 
 
 def _keep(saliency: Tensor, count: int) -> Tensor:
-    return masking.keep_largest(saliency.reshape(-1), count).view(saliency.shape)
+    return keep_largest([saliency], count)[0]
