@@ -154,25 +154,32 @@ def _true_positions(flags: np.ndarray) -> np.ndarray:
 
 def overwrite_masks(masks: Mapping[str, Tensor], selected: Mapping[str, Tensor]) -> int:
     """Copy bool tensors into others of the same names and shapes, and return how many entries changed."""
-    flips = 0
+    flips = _count_differences([(mask, selected[name]) for name, mask in masks.items()])
     for name, mask in masks.items():
-        flips += _count_differences(mask, selected[name])
         mask.copy_(selected[name])
     return flips
 
 
-def _count_differences(first: Tensor, second: Tensor) -> int:
-    if first.device.type != "cpu":
-        return int((first != second).count_nonzero())
+def _count_differences(pairs: Sequence[tuple[Tensor, Tensor]]) -> int:
+    if pairs[0][0].device.type != "cpu":
+        return sum(int((first != second).count_nonzero()) for first, second in pairs)
     # torch counts on a CPU by widening every flag to eight bytes.
-    one, other = (flags.reshape(-1).numpy() for flags in (first, second))
-    starts = range(0, one.size, _PIECE)
-    return sum(_map(lambda at: int(np.count_nonzero(one[at : at + _PIECE] != other[at : at + _PIECE])), starts))
+    arrays = [(first.reshape(-1).numpy(), second.reshape(-1).numpy()) for first, second in pairs]
+    pieces = [
+        (first[start : start + _PIECE], second[start : start + _PIECE])
+        for first, second in arrays
+        for start in range(0, first.size, _PIECE)
+    ]
+    return sum(_map(lambda piece: int(np.count_nonzero(piece[0] != piece[1])), pieces))
 
 
 def _map(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     """Apply a function to all items, in as many threads as torch uses; numpy lets others run meanwhile."""
-    if len(items) == 1:
-        return [function(items[0])]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(function, items))
+    threads = min(torch.get_num_threads(), len(items))
+    if threads < 2:
+        return [function(item) for item in items]
+    # A stretch for each thread, because handing over single items costs more than they do.
+    ends = [len(items) * thread // threads for thread in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        parts = pool.map(lambda start, end: [function(item) for item in items[start:end]], ends[:-1], ends[1:])
+        return [result for part in parts for result in part]
