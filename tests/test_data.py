@@ -26,15 +26,10 @@ from transformers import (
     pipeline,
 )
 
-from vpns_hf.data import (
-    TRANSFER_TASKS,
-    ImageTransforms,
-    RoleBatchSampler,
-    RoleDataset,
-    SampleKey,
-    collate_images,
-    load_transfer_dataset,
-)
+from vpns_hf.batches import RoleBatchSampler, RoleDataset, SampleKey, collate_images
+from vpns_hf.data import load_transfer_dataset
+from vpns_hf.transfer_tasks import TRANSFER_TASKS
+from vpns_hf.transforms import ImageTransforms
 
 
 @pytest.fixture(autouse=True)
@@ -370,7 +365,7 @@ class TestRoleBatchSampler:
 
     def test_reference_values_of_the_published_generator(self):
         # First outputs of SplitMix64 from state 1234567, as published with the algorithm; ours keep the upper 63 bits.
-        from vpns_hf.data import _seeds
+        from vpns_hf.batches import _seeds
 
         published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
         assert _seeds(1234567, 3).tolist() == [number >> 1 for number in published]

@@ -14,11 +14,12 @@ import yaml
 from datasets import DatasetDict
 from transformers import AutoImageProcessor, BaseImageProcessor, HfArgumentParser, set_seed
 
-from .data import ImageTransforms, load_transfer_dataset, matching_image_processor
+from .data import load_transfer_dataset
 from .methods import get_method
 from .modeling import PromptedSparseModel
 from .trainer import VPNsTrainer
 from .training_args import VPNsTrainingArguments
+from .transforms import ImageTransforms, matching_image_processor
 
 
 @dataclass
