@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,10 @@ from .methods import get_method
 from .modeling import PromptedSparseModel
 from .trainer import VPNsTrainer
 from .training_args import VPNsTrainingArguments
+from .transfer_tasks import TRANSFER_TASKS
 from .transforms import ImageTransforms, matching_image_processor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -100,7 +105,8 @@ def parse_recipe(
 ) -> tuple[Any, ...]:
     """Read `[--config file.yaml] [--flag value]` into dataclasses.
 
-    In the YAML file a string that starts with `./` or `../` is a path relative to the file.
+    In the YAML file a string that starts with `./` or `../` is a path relative to the file. Batch size and learning
+    rates that neither the file nor a flag gives are those of the data set's row, see [`apply_task_settings`].
 
     Args:
         argument_classes: dataclasses, whose fields are the valid keys and flags.
@@ -131,7 +137,58 @@ def parse_recipe(
         parser.set_defaults(**values)
     *parsed, unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
     _check_names([flag.lstrip("-") for flag in unknown], argument_classes, "unknown argument")
+    data_args = next((each for each in parsed if isinstance(each, DataArguments)), None)
+    args = next((each for each in parsed if isinstance(each, VPNsTrainingArguments)), None)
+    if data_args is not None and args is not None:
+        given = _given_flags(argument_classes, rest) | (set() if config is None else set(values))
+        apply_task_settings(data_args, args, given)
     return tuple(parsed)
+
+
+def _given_flags(argument_classes: Sequence[type], flags: Sequence[str]) -> set[str]:
+    """The names of the arguments that are on the command line."""
+    parser = HfArgumentParser(argument_classes)
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return set(vars(parser.parse_known_args(flags)[0]))
+
+
+def apply_task_settings(data_args: DataArguments, args: VPNsTrainingArguments, given: Collection[str]) -> None:
+    """Train on a data set of `TRANSFER_TASKS` as the paper did, wherever nothing else was asked for.
+
+    Sets batch size, optimizers and learning rates in `args`. A learning rate of the table goes with its optimizer, so
+    it is left alone where another optimizer was asked for. The batch size of the table is that of an optimizer step:
+    every process gets its part of it for each accumulation step.
+
+    Args:
+        data_args: names the data set; other data sets than those of the table, and rows without runs of the paper,
+            change nothing.
+        args: changed in place.
+        given: names of the arguments that were asked for, which stay as they are.
+
+    Raises:
+        ValueError: the batch size cannot be shared out over processes and accumulation steps.
+    """
+    task = TRANSFER_TASKS.get(data_args.dataset_name)
+    if task is None or task.paper is None:
+        return
+    taken: dict[str, Any] = {}
+    for settings in (task.paper.search_arguments(), task.paper.tune_arguments()):
+        optimizer = next(iter(settings))
+        if optimizer not in given or getattr(args, optimizer) == settings[optimizer]:
+            taken |= {name: value for name, value in settings.items() if name not in given}
+    if "per_device_train_batch_size" not in given:
+        batches = args.gradient_accumulation_steps * args.world_size * max(1, args.n_gpu)
+        if task.paper.batch_size % batches:
+            raise ValueError(
+                f"The batch size of {data_args.dataset_name} is {task.paper.batch_size}, which {batches} batches a "
+                "step (accumulation steps x processes) cannot share out equally; set `per_device_train_batch_size`."
+            )
+        taken["per_device_train_batch_size"] = task.paper.batch_size // batches
+    for name, value in taken.items():
+        setattr(args, name, value)
+    settings_taken = ", ".join(f"{name} {value}" for name, value in taken.items())
+    logger.info("Settings of the paper for %s: %s.", data_args.dataset_name, settings_taken or "none")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
