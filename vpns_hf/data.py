@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import ceil
 from pathlib import Path
@@ -11,12 +13,21 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from sklearn.model_selection import train_test_split
 
-from .transfer_tasks import TRANSFER_TASKS
+from .images import CorruptImageError, RGBImage
+from .splits import StoredRows, TransferSplits
+from .transfer_tasks import TRANSFER_TASKS, TransferTask
 
 logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+
+CORRUPT_IMAGES = ("error", "skip")
 
 
 def load_transfer_dataset(
@@ -29,11 +40,15 @@ def load_transfer_dataset(
     validation_split: str | None = None,
     test_split: str | None = None,
     validation_fraction: float = 0.1,
+    shots: int | None = None,
+    fraction: float | None = None,
     seed: int = 42,
+    corrupt_images: str = "error",
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
-) -> DatasetDict:
+    num_proc: int | None = None,
+) -> TransferSplits:
     """Load a classification data set as splits `train`, `validation` and `test` with columns `image` and `label`.
 
     Images come out as RGB whatever they were stored as. Classes are the same `ClassLabel` in every split: integer and
@@ -50,38 +65,82 @@ def load_transfer_dataset(
         validation_split: split to select on; `None` means `validation`, else it is carved from the training split.
         test_split: split to report on; `None` means `test`, else it is carved from the training split with a warning.
         validation_fraction: share of the training split that a carved split takes.
-        seed: seed of the carved splits.
+        shots: training images to keep of each class (all, where a class has fewer); those of 8 shots are among those
+            of 16. Validation and test stay whole.
+        fraction: share of the training images to keep, stratified by class; smaller shares are parts of larger ones.
+        seed: seed of the carved splits, and of what `shots` and `fraction` keep.
+        corrupt_images: `"error"` reads images when they are needed, and one that cannot be read stops the run;
+            `"skip"` reads every image once beforehand and leaves out, with a warning that names them, those that
+            cannot be read.
         revision: commit, tag or branch of a data set on the Hub.
         cache_dir: folder that `datasets` keeps its files in.
         token: Hub token for private and gated data sets.
+        num_proc: processes that prepare the data set and look for corrupt images.
 
     Returns:
-        The three splits.
+        The three splits, with the row numbers of their images in the stored data set.
 
     Raises:
         ConnectionError: if the Hub cannot be reached and the data set is not in the local cache.
         FileNotFoundError: if there is no such data set or folder.
-        ValueError: if a split or column is missing, labels are missing, or a class is too small to be split.
+        ValueError: if a split or column is missing, labels are missing, a class is too small to be split, or a data
+            set of the table has other classes than its row says.
     """
+    _check_sampling(shots, fraction, corrupt_images)
     task = TRANSFER_TASKS.get(path) if isinstance(path, str) else None
+    expected_classes = None
     if task is not None:
+        expected_classes = task.num_classes if label_column in (None, task.label) else None
         path, name = task.path, name or task.name
         image_column, label_column = image_column or task.image, label_column or task.label
         train_split, test_split = train_split or task.train, test_split or task.test
         validation_split = validation_split or task.validation
-    raw = _read(path, name=name, revision=revision, cache_dir=cache_dir, token=token)
-    splits = _choose_splits(raw, train_split, validation_split, test_split)
-    splits = _choose_columns(splits, image_column, label_column)
-    splits = _encode_labels(splits)
-    if "test" not in splits:
+    raw = _read(path, name=name, revision=revision, cache_dir=cache_dir, token=token, num_proc=num_proc)
+    parts = _choose_splits(raw, train_split, validation_split, test_split)
+    if task is not None and task.clip:
+        parts = {ours: _middle_frames(part, task) for ours, part in parts.items()}
+    parts = _choose_columns(parts, image_column, label_column)
+    if corrupt_images == "skip":
+        parts = {ours: _skip_corrupt(part, num_proc) for ours, part in parts.items()}
+    parts = _encode_labels(parts)
+    _check_classes(parts["train"], expected_classes, path)
+    if "test" not in parts:
         logger.warning(
             "The data set has no test split: %.3g of the training split is held out as one.", validation_fraction
         )
-        splits = _carve(splits, "test", validation_fraction, seed)
-    if "validation" not in splits:
+        parts = _carve(parts, "test", validation_fraction, seed)
+    if "validation" not in parts:
         logger.info("%.3g of the training split is held out for validation.", validation_fraction)
-        splits = _carve(splits, "validation", validation_fraction, seed)
-    return DatasetDict({split: splits[split] for split in ("train", "validation", "test")})
+        parts = _carve(parts, "validation", validation_fraction, seed)
+    parts["train"] = _sample(parts["train"], shots, fraction, seed)
+    return TransferSplits({ours: parts[ours].data for ours in SPLITS}, {ours: parts[ours].stored for ours in SPLITS})
+
+
+def _check_sampling(shots: int | None, fraction: float | None, corrupt_images: str) -> None:
+    if shots is not None and fraction is not None:
+        raise ValueError(f"shots is {shots} and fraction is {fraction}: give one of the two.")
+    if shots is not None and shots < 1:
+        raise ValueError(f"shots is {shots}: expected a number of images a class, at least 1.")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}: expected a share above 0 and up to 1, such as 0.1.")
+    if corrupt_images not in CORRUPT_IMAGES:
+        raise ValueError(f"corrupt_images is '{corrupt_images}': expected one of {_listed(CORRUPT_IMAGES)}.")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a stored split."""
+
+    data: Dataset
+    stored: StoredRows
+
+    def select(self, indices: np.ndarray) -> _Part:
+        """Of these rows, some, in the order in which they are stored."""
+        indices = np.sort(indices)
+        return _Part(self.data.select(indices), StoredRows(self.stored.split, self.stored.rows[indices]))
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
 
 
 def _read(path: str | Path | Dataset | DatasetDict, **options: Any) -> DatasetDict:
@@ -98,27 +157,52 @@ def _load(path: str, **options: Any) -> DatasetDict:
     try:
         return load_dataset(path, **options)
     except (ConnectionError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        snapshot = _downloaded_snapshot(path, options["revision"])
+        if snapshot is not None:
+            logger.warning("The Hub cannot be reached; '%s' is read from %s.", path, snapshot)
+            return _load(snapshot, **options | {"revision": None})
+        revision = f" --revision {options['revision']}" if options["revision"] else ""
         raise ConnectionError(
             f"The data set '{path}' is neither a local folder nor in the local cache, and the Hugging Face Hub cannot "
-            "be reached: load it once on a machine with a network and copy the cache here (HF_HUB_OFFLINE=1 keeps to "
-            "the cache), or pass the path of a local folder."
+            f"be reached: run `hf download {path} --repo-type dataset{revision}` where there is a network, copy the "
+            f"folder {HF_HUB_CACHE} here if that is another machine, and start again."
         ) from error
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"No data set was found at '{path}': expected a key of TRANSFER_TASKS, a data set of the Hugging Face Hub "
             "that you may read (pass token= for a private or gated one), or a local folder of images in one folder a "
-            "class, of parquet or arrow files, or written by save_to_disk."
+            f"class, of parquet or arrow files, or written by save_to_disk. ({error})"
         ) from error
+    except ValueError as error:
+        # A configuration that is missing or unknown; the message lists those that there are.
+        raise ValueError(f"The data set '{path}' cannot be read with name={options['name']!r}: {error}") from error
+    except (RuntimeError, DatasetGenerationError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"The data set '{path}' cannot be read: {reason}") from error
 
 
-def _choose_splits(raw: DatasetDict, train: str | None, validation: str | None, test: str | None) -> DatasetDict:
+def _downloaded_snapshot(path: str, revision: str | None) -> str | None:
+    """The folder that `hf download` left in the cache of huggingface_hub, if it is complete."""
+    try:
+        folder = snapshot_download(path, repo_type="dataset", revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    blobs = Path(folder).parents[1] / "blobs"
+    return None if any(blobs.glob("*.incomplete")) else folder
+
+
+# Splits, columns and labels ------------------------------------------------------------------------------------------
+
+
+def _choose_splits(raw: DatasetDict, train: str | None, validation: str | None, test: str | None) -> dict[str, _Part]:
     """The splits that are asked for, under our names; validation and test may be absent where none was asked for."""
     train = train or "train"
     test = test or ("test" if "test" in raw else None)
     if validation is None and "validation" in raw and test != "validation":
         validation = "validation"
-    chosen = {"train": train, "validation": validation, "test": test}
-    chosen = {ours: theirs for ours, theirs in chosen.items() if theirs is not None}
+    chosen = {
+        ours: theirs for ours, theirs in zip(SPLITS, (train, validation, test), strict=True) if theirs is not None
+    }
     for ours, theirs in chosen.items():
         if theirs not in raw:
             raise ValueError(
@@ -130,27 +214,48 @@ def _choose_splits(raw: DatasetDict, train: str | None, validation: str | None, 
             f"One split is used twice ({', '.join(f'{ours}: {theirs}' for ours, theirs in chosen.items())}): "
             "give train_split, validation_split and test_split different names."
         )
-    return DatasetDict({ours: raw[theirs] for ours, theirs in chosen.items()})
+    return {
+        ours: _Part(raw[theirs].with_format(None), StoredRows(theirs, np.arange(len(raw[theirs]))))
+        for ours, theirs in chosen.items()
+    }
 
 
-def _choose_columns(splits: DatasetDict, image: str | None, label: str | None) -> DatasetDict:
-    """The splits with columns `image` (RGB) and `label` only."""
-    features = splits["train"].features
+def _middle_frames(part: _Part, task: TransferTask) -> _Part:
+    """The frame in the middle of each clip."""
+    columns = [*task.clip, str(task.frame)]
+    _require_columns(part, dict.fromkeys(columns, f"pass '{task.path}' to use every frame of every clip"))
+    *clip, frame = (part.data[column][:] for column in columns)
+    clips: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for index, key in enumerate(zip(*clip, strict=True)):
+        clips[key].append(index)
+    middle = [sorted(indices, key=frame.__getitem__)[len(indices) // 2] for indices in clips.values()]
+    return part.select(np.asarray(middle))
+
+
+def _require_columns(part: _Part, hints: Mapping[str, str]) -> None:
+    """Raise with the hint of a column that is not there."""
+    for column, hint in hints.items():
+        if column not in part.data.column_names:
+            raise ValueError(
+                f"The split '{part.stored.split}' has no column '{column}': its columns are "
+                f"{_listed(part.data.column_names)}, {hint}."
+            )
+
+
+def _choose_columns(parts: dict[str, _Part], image: str | None, label: str | None) -> dict[str, _Part]:
+    """The parts with columns `image` (RGB) and `label` only."""
+    features = parts["train"].data.features
     image = image or _find_column(features, Image, ("image", "img"), "image")
     label = label or _find_column(features, ClassLabel, ("label", "labels", "fine_label", "target", "class"), "label")
-    renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
+    wanted = ((image, "image"), (label, "label"))
+    renamed = {theirs: ours for theirs, ours in wanted if theirs != ours}
 
-    def choose(name: str, split: Dataset) -> Dataset:
-        for ours, theirs in (("image", image), ("label", label)):
-            if theirs not in split.column_names:
-                raise ValueError(
-                    f"The split '{name}' has no column '{theirs}': its columns are {_listed(split.column_names)}, "
-                    f"name one of them with {ours}_column."
-                )
-        split = split.with_format(None).select_columns([image, label]).rename_columns(renamed)
-        return split.cast_column("image", Image(mode="RGB"))
+    def choose(part: _Part) -> _Part:
+        _require_columns(part, {column: f"name one of them with {what}_column" for column, what in wanted})
+        data = part.data.select_columns([image, label]).rename_columns(renamed)
+        return replace(part, data=data.cast_column("image", RGBImage()))
 
-    return DatasetDict({name: choose(name, split) for name, split in splits.items()})
+    return {ours: choose(part) for ours, part in parts.items()}
 
 
 def _find_column(features: Features, kind: type, usual_names: Sequence[str], what: str) -> str:
@@ -166,32 +271,35 @@ def _find_column(features: Features, kind: type, usual_names: Sequence[str], wha
     )
 
 
-def _encode_labels(splits: DatasetDict) -> DatasetDict:
-    """The splits with one and the same `ClassLabel` for their labels."""
-    labels = {name: split["label"][:] for name, split in splits.items()}
-    for name, values in labels.items():
+def _encode_labels(parts: dict[str, _Part]) -> dict[str, _Part]:
+    """The parts with one and the same `ClassLabel` for their labels."""
+    labels = {ours: part.data["label"][:] for ours, part in parts.items()}
+    for ours, values in labels.items():
         unlabelled = sum(value is None or value == -1 for value in values)
         if unlabelled or not values:
             raise ValueError(
-                f"The split '{name}' has no labels for {unlabelled} of its {len(values)} images: "
-                f"choose a labelled one with {name}_split or remove the images without a label."
+                f"The split '{parts[ours].stored.split}' has no labels for {unlabelled} of its {len(values)} images: "
+                f"choose a labelled one with {ours}_split or remove the images without a label."
             )
-    features = {name: split.features["label"] for name, split in splits.items()}
+    features = {ours: part.data.features["label"] for ours, part in parts.items()}
     if isinstance(features["train"], ClassLabel) and all(each == features["train"] for each in features.values()):
-        return splits
-    for name, feature in features.items():
+        return parts
+    for ours, feature in features.items():
         if isinstance(feature, ClassLabel):
-            labels[name] = feature.int2str(labels[name])
+            labels[ours] = feature.int2str(labels[ours])
     # Not `class_encode_column`: it numbers each split for itself, sorts 10 before 2, and rewrites the images.
     classes = _sorted_classes(list(chain.from_iterable(labels.values())), features["train"])
     ids = {value: index for index, value in enumerate(classes)}
     feature = ClassLabel(names=[str(value) for value in classes])
-    return DatasetDict(
-        {
-            name: split.remove_columns("label").add_column("label", [ids[v] for v in labels[name]], feature=feature)
-            for name, split in splits.items()
-        }
-    )
+    return {
+        ours: replace(
+            part,
+            data=part.data.remove_columns("label").add_column(
+                "label", [ids[value] for value in labels[ours]], feature=feature
+            ),
+        )
+        for ours, part in parts.items()
+    }
 
 
 def _sorted_classes(values: Sequence[Any], feature: Any) -> list[Any]:
@@ -205,29 +313,114 @@ def _sorted_classes(values: Sequence[Any], feature: Any) -> list[Any]:
     return sorted(set(values))
 
 
-def _carve(splits: DatasetDict, name: str, fraction: float, seed: int) -> DatasetDict:
-    """The splits with a stratified share of `train` moved to a new split; both keep the order of `train`."""
+def _check_classes(train: _Part, expected: int | None, path: Any) -> None:
+    names = train.data.features["label"].names
+    if expected is not None and len(names) != expected:
+        shown = _listed(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise ValueError(
+            f"The data set '{path}' has {len(names)} classes ({shown}) and its row of TRANSFER_TASKS says {expected}: "
+            "it is not the data set that the row means; pass its Hub id and label_column to use it as it is."
+        )
+
+
+# Corrupt images ------------------------------------------------------------------------------------------------------
+
+
+def find_corrupt_images(split: Dataset, num_proc: int | None = None) -> dict[int, str]:
+    """Read every image of a split once, and name those that cannot be used.
+
+    Args:
+        split: a split of `load_transfer_dataset`, or any data set with an image column `image`.
+        num_proc: processes to read with. What they find is cached by `datasets`.
+
+    Returns:
+        For the row of each image that cannot be used, its file and what is wrong with it.
+    """
+    stored = split.with_format(None).select_columns("image").cast_column("image", Image(decode=False))
+    problems = stored.map(
+        _problems, batched=True, batch_size=100, remove_columns="image", num_proc=num_proc, desc="Reading images"
+    )
+    return {row: problem for row, problem in enumerate(problems["problem"][:]) if problem}
+
+
+def _problems(batch: Mapping[str, Any]) -> dict[str, list[str]]:
+    return {"problem": [_problem(stored) for stored in batch["image"]]}
+
+
+def _problem(stored: Mapping[str, Any] | None) -> str:
+    if stored is None:
+        return "there is no image in this row"
+    try:
+        RGBImage().decode_example(stored)
+    except CorruptImageError as error:
+        return str(error)
+    return ""
+
+
+def _skip_corrupt(part: _Part, num_proc: int | None) -> _Part:
+    problems = find_corrupt_images(part.data, num_proc)
+    for row, problem in problems.items():
+        logger.warning("Left out: the image %s (%s).", part.stored.place(row), problem)
+    if problems:
+        logger.warning(
+            "%d of the %d images of the split '%s' cannot be read and are left out.",
+            len(problems),
+            len(part.data),
+            part.stored.split,
+        )
+    return part.select(np.setdiff1d(np.arange(len(part.data)), list(problems))) if problems else part
+
+
+# Choosing rows -------------------------------------------------------------------------------------------------------
+
+
+def _carve(parts: dict[str, _Part], name: str, fraction: float, seed: int) -> dict[str, _Part]:
+    """The parts with a stratified share of `train` moved to a new one; both keep the order of `train`."""
     if not 0 < fraction < 1:
         raise ValueError(f"validation_fraction is {fraction}: expected a share between 0 and 1, such as 0.1.")
-    train = splits["train"]
-    labels = np.asarray(train["label"][:])
+    train = parts["train"]
+    labels = np.asarray(train.data["label"][:])
+    class_name = train.data.features["label"].int2str
     counts = np.bincount(labels)
     if (counts == 1).any():
-        label = train.features["label"].int2str(int(np.argmax(counts == 1)))
         raise ValueError(
-            f"The class '{label}' has only one training image, so no {name} split can be carved from the training "
-            f"split: name a split with {name}_split, add images or leave the class out."
+            f"The class '{class_name(int(np.argmax(counts == 1)))}' has only one training image, so no {name} split "
+            f"can be carved from the training split: name a split with {name}_split, add images or leave the class "
+            "out."
         )
     size, num_classes = ceil(fraction * len(labels)), np.count_nonzero(counts)
     if min(size, len(labels) - size) < num_classes:
-        smallest = train.features["label"].int2str(int(np.argmin(np.where(counts > 0, counts, counts.max()))))
+        smallest = class_name(int(np.argmin(np.where(counts > 0, counts, counts.max()))))
         raise ValueError(
             f"Carving {size} of {len(labels)} training images as the {name} split leaves less than one image a class "
             f"for {num_classes} classes (the smallest is '{smallest}' with {counts[counts > 0].min()}): change "
             f"validation_fraction (now {fraction}) or name a split with {name}_split."
         )
     kept, carved = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed)
-    return DatasetDict({**splits, "train": train.select(np.sort(kept)), name: train.select(np.sort(carved))})
+    return {**parts, "train": train.select(kept), name: train.select(carved)}
+
+
+def _sample(train: _Part, shots: int | None, fraction: float | None, seed: int) -> _Part:
+    """As many training images of each class as `shots`, or a stratified share of them."""
+    if shots is None and fraction is None:
+        return train
+    labels = np.asarray(train.data["label"][:])
+    counts = np.bincount(labels)
+    # RandomState and not Generator: its numbers are promised to stay the same in every version of numpy.
+    shuffled = np.random.RandomState(seed).permutation(len(labels))
+    rows = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    rank = np.arange(len(rows)) - (np.cumsum(counts) - counts)[labels[rows]]
+    if shots is not None:
+        if short := np.count_nonzero(counts[counts > 0] < shots):
+            logger.warning("%d classes have fewer than %d training images; all of theirs are kept.", short, shots)
+        return train.select(rows[rank < shots])
+    size, num_classes = ceil(float(fraction or 1) * len(labels)), np.count_nonzero(counts)
+    if size < num_classes:
+        raise ValueError(
+            f"fraction={fraction} keeps {size} of {len(labels)} training images, less than one for each of the "
+            f"{num_classes} classes: use at least {num_classes / len(labels):.3g}."
+        )
+    return train.select(rows[np.argsort(rank / counts[labels[rows]], kind="stable")[:size]])
 
 
 def _listed(names: Any) -> str:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import DatasetDict
 from transformers import AutoImageProcessor, BaseImageProcessor, HfArgumentParser, set_seed
 
 from .data import load_transfer_dataset
 from .methods import get_method
 from .modeling import PromptedSparseModel
+from .splits import SplitView, TransferSplits, find_duplicates, shared_between_splits
 from .trainer import VPNsTrainer
 from .training_args import VPNsTrainingArguments
 from .transfer_tasks import TRANSFER_TASKS
@@ -95,6 +95,28 @@ class DataArguments:
         default=0.1, metadata={"help": "Share of train that a carved validation split takes."}
     )
     split_seed: int = field(default=42, metadata={"help": "Seed of that carving; the same for every training seed."})
+    shots: int | None = field(default=None, metadata={"help": "Training images of each class to keep; all if none."})
+    fraction: float | None = field(
+        default=None, metadata={"help": "Share of the training images to keep, stratified by class."}
+    )
+    corrupt_images: str = field(
+        default="error",
+        metadata={"help": "An image that cannot be read: error stops the run, skip leaves it out and says so."},
+    )
+    check_duplicates: bool = field(
+        default=False, metadata={"help": "Report images that are in more than one split before the run starts."}
+    )
+    augmentation: str = field(
+        default="paper",
+        metadata={"help": "Of plain training images: paper, randaugment, trivialaugment or none."},
+    )
+    cache_images: bool = field(
+        default=False,
+        metadata={"help": "Keep resized copies of training and validation images on disk, where loading is slow."},
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that prepare data, resize copies and look for corrupt images."}
+    )
     augment_prompted: bool = field(
         default=False, metadata={"help": "Augment prompted batches like plain ones (the released code does not)."}
     )
@@ -219,6 +241,18 @@ def _check_names(names: Iterable[str], argument_classes: Sequence[type], complai
             raise ValueError(f"{complaint} {name!r}{hint}")
 
 
+def _report_duplicates(splits: TransferSplits, num_proc: int | None) -> None:
+    duplicates = find_duplicates(splits, num_proc)
+    shared = shared_between_splits(duplicates)
+    examples = "; ".join(", ".join(f"{copy.place} ({copy.split})" for copy in copies) for copies in shared[:5])
+    logger.warning(
+        "%d images are stored more than once, %d of them in more than one of train, validation and test%s",
+        len(duplicates),
+        len(shared),
+        f": {examples}" if examples else ".",
+    )
+
+
 class Experiment:
     """What the runs of a recipe share: backbone, data and image transforms.
 
@@ -236,9 +270,9 @@ class Experiment:
         }
         self.splits = self._load_splits()
 
-    def _load_splits(self) -> DatasetDict:
+    def _load_splits(self) -> TransferSplits:
         data = self.data_args
-        return load_transfer_dataset(
+        splits = load_transfer_dataset(
             data.dataset_name,
             name=data.dataset_config_name,
             image_column=data.image_column_name,
@@ -247,11 +281,18 @@ class Experiment:
             validation_split=data.validation_split,
             test_split=data.test_split,
             validation_fraction=data.validation_fraction,
+            shots=data.shots,
+            fraction=data.fraction,
             seed=data.split_seed,
+            corrupt_images=data.corrupt_images,
             revision=data.dataset_revision,
             cache_dir=self.model_args.cache_dir,
             token=self.model_args.token,
+            num_proc=data.preprocessing_num_workers,
         )
+        if data.check_duplicates:
+            _report_duplicates(splits, data.preprocessing_num_workers)
+        return splits
 
     def trainer(self, args: VPNsTrainingArguments) -> VPNsTrainer:
         """A trainer of the freshly wrapped backbone; prompted batches are not augmented, unless asked for."""
@@ -259,22 +300,30 @@ class Experiment:
         processor = self._load_processor()
         model = self._build_model(processor, args)
         processor = matching_image_processor(processor, *model.config.geometry)
-        self.transforms = ImageTransforms(processor, *model.config.geometry)
-        augmented, plain = (
-            self.splits["train"].with_transform(view) for view in (self.transforms.train, self.transforms.eval)
-        )
+        self.transforms = ImageTransforms(processor, *model.config.geometry, self.data_args.augmentation)
+        augmented = self._train_view()
         return VPNsTrainer(
             model=model,
             args=args,
             train_dataset=augmented,
-            prompted_train_dataset=augmented if self.data_args.augment_prompted else plain,
+            prompted_train_dataset=augmented if self.data_args.augment_prompted else self.eval_split("train"),
             eval_dataset=self.eval_split("validation"),
             processing_class=processor,
         )
 
-    def eval_split(self, name: str) -> Any:
+    def _train_view(self) -> SplitView:
+        if self.data_args.cache_images:
+            split, rows = self.splits["train"], self.splits.rows["train"]
+            return self.transforms.cached_train_view(split, rows, self.data_args.preprocessing_num_workers)
+        return self.splits.view("train", self.transforms.train)
+
+    def eval_split(self, name: str) -> SplitView:
         """A split as it is evaluated; known once a trainer was made."""
-        return self.splits[name].with_transform(self.transforms.eval)
+        # The test split is read once, so that copies of it would cost more than they save.
+        if self.data_args.cache_images and name != "test":
+            split, rows = self.splits[name], self.splits.rows[name]
+            return self.transforms.cached_eval_view(split, rows, self.data_args.preprocessing_num_workers)
+        return self.splits.view(name, self.transforms.eval)
 
     def _load_processor(self) -> BaseImageProcessor | None:
         try:
