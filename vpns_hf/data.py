@@ -19,7 +19,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from sklearn.model_selection import train_test_split
 
-from .images import CorruptImageError, RGBImage
+from .images import RGB_IMAGE, CorruptImageError
 from .splits import StoredRows, TransferSplits
 from .transfer_tasks import TRANSFER_TASKS, TransferTask
 
@@ -253,7 +253,7 @@ def _choose_columns(parts: dict[str, _Part], image: str | None, label: str | Non
     def choose(part: _Part) -> _Part:
         _require_columns(part, {column: f"name one of them with {what}_column" for column, what in wanted})
         data = part.data.select_columns([image, label]).rename_columns(renamed)
-        return replace(part, data=data.cast_column("image", RGBImage()))
+        return replace(part, data=data.cast_column("image", RGB_IMAGE))
 
     return {ours: choose(part) for ours, part in parts.items()}
 
@@ -351,7 +351,7 @@ def _problem(stored: Mapping[str, Any] | None) -> str:
     if stored is None:
         return "there is no image in this row"
     try:
-        RGBImage().decode_example(stored)
+        RGB_IMAGE.decode_example(stored)
     except CorruptImageError as error:
         return str(error)
     return ""
