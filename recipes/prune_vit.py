@@ -24,7 +24,6 @@ from rich.console import Console
 from transformers.utils import logging
 
 from vpns_hf import SparsityReport, VPNsTrainer, VPNsTrainingArguments
-from vpns_hf.data import TRANSFER_TASKS
 from vpns_hf.methods import get_method
 from vpns_hf.model_card import SubnetworkCard
 from vpns_hf.recipe import DataArguments, Experiment, ModelArguments, parse_recipe
@@ -37,6 +36,7 @@ from vpns_hf.report import (
     results_markdown,
     results_table,
 )
+from vpns_hf.transfer_tasks import TRANSFER_TASKS
 
 DEMO = Path(__file__).parent / "vit" / "demo.yaml"
 PACKAGES = ("vpns-hf", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm")
