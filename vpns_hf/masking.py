@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import sharding
+from .sharded_selection import NAN_SCORES, RankedGroup, refuse_nan, select_on_shards
+
 MASK_SUFFIX = "_mask"
 
 
@@ -76,9 +79,6 @@ _COUNTS = {"layer": _layer_counts, "erk": _erk_counts}
 SCOPES = ("global", *_COUNTS, "row")
 
 
-_NAN_SCORES = "Scores contain NaN, so no mask can be selected; lower the learning rate of the scores."
-
-
 def keep_largest(values: Tensor, count: int) -> Tensor:
     """Bool tensor that is True at exactly `count` largest entries of a vector; ties go to the lower index."""
     if count == 0:
@@ -88,7 +88,7 @@ def keep_largest(values: Tensor, count: int) -> Tensor:
     surplus = int(mask.count_nonzero()) - count
     if surplus < 0:
         # NaN ranks above every number but compares with none.
-        raise ValueError(_NAN_SCORES)
+        raise ValueError(NAN_SCORES)
     if surplus:
         ties = (values == threshold).nonzero().squeeze(1)
         mask[ties[len(ties) - surplus :]] = False
@@ -106,9 +106,9 @@ def _kth_smallest(values: Tensor, index: int) -> Tensor:
 
 def _keep_largest_in_rows(score: Tensor, sparsity: float) -> Tensor:
     """Bool tensor that is True at the largest entries of each row of [rows, ...]; ties go to the lower index."""
-    rows = score.reshape(len(score), -1)
+    rows = score.flatten(1)
     if rows.isnan().any():
-        raise ValueError(_NAN_SCORES)
+        raise ValueError(NAN_SCORES)
     kept = rows.sort(dim=1, descending=True, stable=True).indices[:, : kept_count(rows.shape[1], sparsity)]
     return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, kept, True).view(score.shape)
 
@@ -119,14 +119,15 @@ def select_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str = "gl
 
     Args:
         scores: one tensor of any shape, dtype and memory format per weight; larger = keep (no absolute value is
-            taken).
+            taken). Sharded ones (FSDP2) are ranked where they are, without gathering them; all processes call this
+            together.
         sparsity: fraction to remove, in [0, 1]; `round((1 - sparsity) * N)` weights are kept.
         scope: `"global"` ranks all tensors together; `"layer"` keeps that count in each tensor; `"erk"` keeps the
             global count, spread over tensors by [`erk_densities`] and rounded by largest remainder; `"row"` keeps
             `round((1 - sparsity) * row)` in each output row, which is the first dimension with all others flattened.
 
     Returns:
-        One contiguous bool tensor per score, True where the weight is kept. Ties are broken by the order of the
+        One contiguous bool tensor per score, sharded as it is, True where the weight is kept. Ties are broken by the order of the
         dictionary, then by row-major index.
 
     Raises:
@@ -136,6 +137,8 @@ def select_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str = "gl
         raise ValueError("No scores were given, so there is nothing to select.")
     if scope not in SCOPES:
         raise ValueError(f"`scope` is {scope!r}; expected one of {', '.join(SCOPES)}.")
+    if sharding.is_sharded(scores.values()):
+        return _select_sharded_masks(scores, sparsity, scope)
     if scope == "row":
         return {name: _keep_largest_in_rows(score, sparsity) for name, score in scores.items()}
     if scope != "global":
@@ -146,6 +149,26 @@ def select_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str = "gl
     flat = torch.cat([score.reshape(-1) for score in scores.values()])
     parts = keep_largest(flat, kept_count(flat.numel(), sparsity)).split([score.numel() for score in scores.values()])
     return {name: part.view(score.shape).clone() for (name, score), part in zip(scores.items(), parts, strict=True)}
+
+
+def _select_sharded_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str) -> dict[str, Tensor]:
+    shards = sharding.shards_of(scores.values())
+    parts = {name: sharding.local(score) for name, score in scores.items()}
+    if scope == "row":
+        # Every row is whole on one process.
+        refuse_nan(parts.values(), shards)
+        selected = {name: _keep_largest_in_rows(part, sparsity) for name, part in parts.items()}
+    else:
+        selected = select_on_shards(parts, _ranked_groups(scores, sparsity, scope), shards)
+    return {name: sharding.join_like(mask, scores[name]) for name, mask in selected.items()}
+
+
+def _ranked_groups(scores: Mapping[str, Tensor], sparsity: float, scope: str) -> list[RankedGroup]:
+    if scope == "global":
+        total = sum(score.numel() for score in scores.values())
+        return [RankedGroup(list(scores), kept_count(total, sparsity))]
+    counts = _COUNTS[scope]({name: score.shape for name, score in scores.items()}, sparsity)
+    return [RankedGroup([name], counts[name]) for name in scores]
 
 
 # Prunable weights ----------------------------------------------------------------------------------------------------
@@ -276,7 +299,9 @@ class MaskedWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight with zeros where the mask is False."""
-        return _StraightThroughMask.apply(weight, self.scores, self.mask, self.signed, self.implicit_gradient)
+        # FSDP2 gathers parameters before it calls this, but no buffers.
+        mask = sharding.whole(self.mask)
+        return _StraightThroughMask.apply(weight, self.scores, mask, self.signed, self.implicit_gradient)
 
     def ranking(self) -> Tensor:
         """What the mask is selected by: larger = keep."""
@@ -346,9 +371,8 @@ def update_masks(slots: Mapping[str, Slot], sparsity: float, scope: str) -> int:
 
 def _overwrite(masks: Mapping[str, Tensor], selected: Mapping[str, Tensor]) -> int:
     """Copy masks into others in place and return how many entries changed."""
-    flips = 0
+    flips = sharding.count_true(mask != selected[name] for name, mask in masks.items())
     for name, mask in masks.items():
-        flips += int((mask != selected[name]).sum())
         mask.copy_(selected[name])
     return flips
 
@@ -389,7 +413,7 @@ def frozen_masks(slots: Mapping[str, Slot]) -> dict[str, Tensor]:
 def zero_masked_weights(slots: Mapping[str, Slot]) -> None:
     """Write exact zeros wherever a frozen mask is False."""
     for name, mask in frozen_masks(slots).items():
-        stored_weight(slots[name]).masked_fill_(~mask, 0)
+        sharding.local(stored_weight(slots[name])).masked_fill_(~sharding.local(mask), 0)
 
 
 def mask_gradients(slots: Mapping[str, Slot]) -> None:
@@ -399,10 +423,15 @@ def mask_gradients(slots: Mapping[str, Slot]) -> None:
     they stay exactly zero in any training loop.
     """
     for slot in slots.values():
-        weight = stored_weight(slot)
+        weight, mask = stored_weight(slot), _GradientMask(slot)
         trainable = weight.requires_grad
         # torch only takes hooks on tensors that require a gradient; this one may be made trainable later.
-        weight.requires_grad_(True).register_hook(_GradientMask(slot))
+        weight.requires_grad_(True)
+        if sharding.is_sharded([weight]):
+            # FSDP2 writes the gradient of a shard itself and then calls these hooks alone.
+            weight.register_post_accumulate_grad_hook(mask.fill)
+        else:
+            weight.register_hook(mask)
         weight.requires_grad_(trainable)
 
 
@@ -411,4 +440,36 @@ class _GradientMask:
         self.slot = slot
 
     def __call__(self, grad: Tensor) -> Tensor:
-        return torch.where(self.slot.module.get_buffer(self.slot.tensor_name + MASK_SUFFIX), grad, 0)
+        """The gradient with zeros where the mask is False."""
+        return torch.where(self._mask, grad, 0)
+
+    @torch.no_grad()
+    def fill(self, weight: Tensor) -> None:
+        """Write the zeros into the gradient of a sharded weight."""
+        if weight.grad is not None:
+            sharding.local(weight.grad).masked_fill_(~sharding.local(self._mask), 0)
+
+    @property
+    def _mask(self) -> Tensor:
+        return self.slot.module.get_buffer(self.slot.tensor_name + MASK_SUFFIX)
+
+
+# Sharded weights -----------------------------------------------------------------------------------------------------
+
+
+def shard_masks(slots: Mapping[str, Slot], state: str) -> None:
+    """Split the masks as `fully_shard` has split the weights; in the frozen state, mask the gradients of the parts.
+
+    Args:
+        state: `"search"` or `"frozen"`.
+    """
+    for slot in slots.values():
+        weight = stored_weight(slot)
+        if state == "search":
+            masked = cast(MaskedWeight, _parametrizations(slot)[0])
+            masked.mask = sharding.split_like(masked.mask, weight)
+        else:
+            name = slot.tensor_name + MASK_SUFFIX
+            setattr(slot.module, name, sharding.split_like(slot.module.get_buffer(name), weight))
+    if state == "frozen":
+        mask_gradients(slots)
