@@ -199,8 +199,7 @@ class AlternatingCompression(MaskSchedule):
     def kept_state(self, model: PromptedSparseModel) -> Mapping[str, Tensor]:
         """Nothing where a dense phase begins, and that of the kept weights where a compressed one does."""
         masks = model.masks()
-        is_dense = all(bool(mask.all()) for mask in masks.values())
-        return {name: torch.zeros_like(mask) for name, mask in masks.items()} if is_dense else masks
+        return {name: torch.zeros_like(mask) for name, mask in masks.items()} if model.sparsity == 0 else masks
 
     def compressed(self, moment: Moment) -> bool:
         """Whether the step that follows is one of a compressed phase."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from . import sharding
+
 _NOT_IN_TRAINER: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam}
 
 
@@ -93,11 +95,14 @@ class OptimizerByRole(torch.optim.Optimizer):
             for part in self.parts.values():
                 for value in part.state.get(parameter, {}).values():
                     if isinstance(value, Tensor) and value.shape == mask.shape:
-                        value.masked_fill_(~mask, 0)
+                        sharding.local(value).masked_fill_(~sharding.local(mask), 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every part, by role, and how many steps were made."""
-        return {role: part.state_dict() for role, part in self.parts.items()} | {"steps": self.steps}
+        """The state of every part, by role, and how many steps were made.
+
+        The state of sharded parameters is gathered; all processes then call this together.
+        """
+        return {role: _gathered(part.state_dict()) for role, part in self.parts.items()} | {"steps": self.steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore every part.
@@ -112,7 +117,24 @@ class OptimizerByRole(torch.optim.Optimizer):
         self.steps = state_dict["steps"]
         for role, part in self.parts.items():
             part.load_state_dict(state_dict[role])
+            _shard_state(part)
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+
+
+def _gathered(state_dict: dict[str, Any]) -> dict[str, Any]:
+    state = {
+        index: {name: sharding.whole(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+        for index, values in state_dict["state"].items()
+    }
+    return state_dict | {"state": state}
+
+
+def _shard_state(optimizer: torch.optim.Optimizer) -> None:
+    """Split momentum and the like as their parameters are."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = sharding.split_like(value, parameter)
 
 
 def weight_groups(
