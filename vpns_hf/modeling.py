@@ -100,6 +100,9 @@ class PromptedSparseModel(PreTrainedModel):
         super().__setstate__(state)
         self._mask_gradients()
 
+    def get_input_embeddings(self) -> None:
+        """None: images have no embeddings of tokens, which accelerate would shard on their own."""
+
     def _mask_gradients(self) -> None:
         if self.config.state == "frozen":
             masking.mask_gradients(self.slots())
