@@ -37,8 +37,7 @@ def data(length):
 
 def run(folder, length=16, resume=None, **settings):
     """Train all stages; the model and the metrics of every stage are left in the folder."""
-    family = settings.pop("family", "vit")
-    trainer = make_trainer(folder, fresh(family), **data(length) | SETTINGS | settings)
+    trainer = make_trainer(folder, fresh(), **data(length) | SETTINGS | settings)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -54,9 +53,13 @@ def ddp(folder):
     """Runs that the test repeats in one process, and the checks that need several."""
     trainer = run(folder / "even")
     assert trainer.accelerator.num_processes == 2
-    assert type(trainer.model_wrapped).__name__ == "PromptedSparseModel"
+    assert trainer.model_wrapped is trainer.model
     run(folder / "uneven", length=15)
     consistency(folder)
+
+
+def even(folder):
+    run(folder, use_cpu=not torch.cuda.is_available())
 
 
 class Tamper(TrainerCallback):
@@ -136,7 +139,7 @@ def sharded(folder):
         dist.init_process_group("gloo")
     sharded_selection()
     for scope in ("global", "erk", "row"):
-        sharded_model(scope, folder)
+        sharded_model(scope)
 
 
 def sharded_selection():
@@ -145,7 +148,9 @@ def sharded_selection():
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         shapes = {"odd": (5, 3), "one row": (1, 4), "image": (3, 2, 3, 3)}
-        scores = {name: torch.randn(shape, generator=generator).to(dtype).mul(2).round() for name, shape in shapes.items()}
+        scores = {
+            name: torch.randn(shape, generator=generator).to(dtype).mul(2).round() for name, shape in shapes.items()
+        }
         template = torch.nn.ParameterDict({name: torch.nn.Parameter(score) for name, score in scores.items()})
         fully_shard(template, mesh=mesh)
         for scope in ("global", "layer", "erk", "row"):
@@ -155,7 +160,7 @@ def sharded_selection():
             assert all(torch.equal(mask.full_tensor(), expected[name]) for name, mask in masks.items()), scope
 
 
-def sharded_model(scope, folder):
+def sharded_model(scope):
     """Search, freeze, tune: each step equals that of the whole model."""
     torch.manual_seed(0)
     model = tiny_model(sparsity=0.7, scope=scope)
@@ -173,8 +178,7 @@ def sharded_model(scope, folder):
     state = sharding.full_state(model)
     assert set(state) == (set(whole.state_dict()) if first_process() else set())
     if first_process():
-        model_on_disk = copy.deepcopy(whole)
-        model_on_disk.load_state_dict(state)
+        copy.deepcopy(whole).load_state_dict(state)
     sharding.load_full_state(model, whole.state_dict())
     model.freeze_masks()
     whole.freeze_masks()
@@ -236,22 +240,22 @@ def accumulated(folder):
 
 def fsdp2(folder):
     """VPNsTrainer under FSDP2, with and without an interruption."""
-    settings = dict(save_strategy="steps", save_steps=2)
+    settings = dict(save_strategy="steps", save_steps=2, use_cpu=not torch.cuda.is_available())
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
             assert all(isinstance(mask, DTensor) for mask in model.masks().values())
 
-    trainer = run(folder / "whole", callbacks=[Watch()], use_cpu=False, **settings)
+    trainer = run(folder / "whole", callbacks=[Watch()], **settings)
     assert trainer.accelerator.is_fsdp2
     trainer.save_model()
     try:
-        run(folder / "stopped", callbacks=[StopAt("search", 3)], use_cpu=False, **settings)
+        run(folder / "stopped", callbacks=[StopAt("search", 3)], **settings)
         raise AssertionError("the run was not stopped")
     except KeyboardInterrupt:
         dist.barrier()
-    run(folder / "stopped", resume=True, use_cpu=False, **settings)
+    run(folder / "stopped", resume=True, **settings)
 
 
 def fsdp2_on_cpu(folder):

@@ -46,6 +46,8 @@ class MaskSchedule:
 
     # Whether the mask changes by gradients of pruned weights.
     uses_dense_gradients = False
+    # Whether the mask changes while weights train, so that optimizer state must be dropped with it.
+    changes_frozen_masks = False
 
     def begin_search(self, model: PromptedSparseModel, sparsity: float) -> None:
         """Select the mask that a stage in the search state starts with; `sparsity` is what it ends with."""
@@ -150,6 +152,8 @@ class GradualMagnitude(MaskSchedule):
 
     gradual: GradualSparsity = GradualSparsity()
 
+    changes_frozen_masks = True
+
     def begin_frozen(self, model: PromptedSparseModel) -> None:
         """Keep every weight."""
         keep_all(model)
@@ -187,6 +191,8 @@ class AlternatingCompression(MaskSchedule):
     phase: float = 0.05
     last_dense: float = 0.1
     final: float = 0.15
+
+    changes_frozen_masks = True
 
     def begin_frozen(self, model: PromptedSparseModel) -> None:
         """Keep every weight."""
@@ -238,6 +244,7 @@ class RigL(MaskSchedule):
     updates: int = 15
 
     uses_dense_gradients = True
+    changes_frozen_masks = True
 
     def needs_dense_gradients(self, moment: Moment) -> bool:
         """Whether an update is due."""

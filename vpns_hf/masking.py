@@ -127,8 +127,8 @@ def select_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str = "gl
             `round((1 - sparsity) * row)` in each output row, which is the first dimension with all others flattened.
 
     Returns:
-        One contiguous bool tensor per score, sharded as it is, True where the weight is kept. Ties are broken by the order of the
-        dictionary, then by row-major index.
+        One contiguous bool tensor per score, sharded as it is, True where the weight is kept. Ties are broken by the
+        order of the dictionary, then by row-major index.
 
     Raises:
         ValueError: sparsity outside [0, 1], unknown scope, no scores, or NaN among them.

@@ -68,11 +68,16 @@ class OptimizerByRole(torch.optim.Optimizer):
     Args:
         parts: optimizer of each role.
         turns: the roles that are stepped, in turn by step; none: all of them at every step.
+
+    Attributes:
+        resting: roles that are not stepped as long as they are named here. A role without gradients rests anyway, but
+            DeepSpeed gives it zeros, and then momentum would move it.
     """
 
     def __init__(self, parts: Mapping[str, torch.optim.Optimizer], turns: Sequence[Collection[str]] = ()):
         self.parts = dict(parts)
         self.turns, self.steps = tuple(turns), 0
+        self.resting: Collection[str] = ()
         for role, part in self.parts.items():
             for group in part.param_groups:
                 group["role"] = role
@@ -84,7 +89,7 @@ class OptimizerByRole(torch.optim.Optimizer):
             raise ValueError("OptimizerByRole takes no closure: the loss is computed once for all roles.")
         roles = self.turns[self.steps % len(self.turns)] if self.turns else self.parts
         for role, part in self.parts.items():
-            if role in roles:
+            if role in roles and role not in self.resting:
                 part.step()
         self.steps += 1
 

@@ -7,6 +7,7 @@ weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,9 +100,9 @@ def full_state(model: nn.Module, on_every_process: bool = False) -> dict[str, Te
         on_every_process: give it to every process, on its device; else to the first one, in the memory of the CPU,
             and an empty one to the others.
     """
-    return get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=not on_every_process)
-    )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=not on_every_process)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state
 
 
 @torch.no_grad()

@@ -235,16 +235,22 @@ class VPNsTrainer(Trainer):
             plugin = self.accelerator.state.fsdp_plugin
             if not self.accelerator.is_fsdp2 or "FULL_STATE_DICT" not in str(plugin.state_dict_type):
                 raise ValueError(
-                    "Under FSDP, VPNsTrainer needs `fsdp_version: 2` (version 1 flattens the weights, which then cannot "
-                    "be masked) and `fsdp_state_dict_type: FULL_STATE_DICT`, as in `recipes/accelerate_configs/fsdp2.yaml`."
+                    "Under FSDP, VPNsTrainer needs `fsdp_version: 2` (version 1 flattens the weights, so that they "
+                    "cannot be masked) and `fsdp_state_dict_type: FULL_STATE_DICT`, as in "
+                    "`recipes/accelerate_configs/fsdp2.yaml`."
                 )
             # Every stage starts from the whole model, which may score or map labels before it is sharded.
             self.model.to(self.args.device)
-        spread = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else None
-        if spread and any(stage.masks.uses_dense_gradients for stage in self.stages):
+        schedules = [stage.masks for stage in self.stages]
+        if self.is_fsdp_enabled and any(schedule.uses_dense_gradients for schedule in schedules):
             raise ValueError(
-                f"`method={self.args.method!r}` needs whole gradients of pruned weights, which {spread} does not keep; "
+                f"`method={self.args.method!r}` needs whole gradients of pruned weights, which FSDP does not keep; "
                 "run it with DDP."
+            )
+        if self.is_deepspeed_enabled and any(schedule.changes_frozen_masks for schedule in schedules):
+            raise ValueError(
+                f"`method={self.args.method!r}` changes masks and momentum while weights train, and DeepSpeed keeps "
+                "momentum where it cannot be reached; run it with DDP."
             )
 
     # Stages ----------------------------------------------------------------------------------------------------------
@@ -675,7 +681,7 @@ class VPNsTrainer(Trainer):
                 parts[role] = build_optimizer(
                     groups, self.args.role_settings(role, self.stage), self.args, self.args.momentum
                 )
-            self.optimizer = OptimizerByRole(parts, self.stage.turns)
+            self._optimizer_by_role = self.optimizer = OptimizerByRole(parts, self.stage.turns)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
@@ -701,6 +707,7 @@ class VPNsTrainer(Trainer):
         """One batch forward and backward."""
         if self._batches != "prompted":
             inputs = {**inputs, "use_prompt": False}
+        self._optimizer_by_role.resting = () if inputs.get("use_prompt", True) else ("prompt",)
         images = len(inputs["pixel_values"]) * self.args.world_size
         for name in ("images", "forward_images", "backward_images"):
             setattr(self.counters, name, getattr(self.counters, name) + images)

@@ -124,8 +124,8 @@ class VPNsTrainingArguments(TrainingArguments):
             )
         if self.consistency_check_steps < 0:
             raise ValueError(
-                f"`consistency_check_steps` is {self.consistency_check_steps}; expected a number of optimizer steps, or "
-                "0 to compare nothing."
+                f"`consistency_check_steps` is {self.consistency_check_steps}; expected a number of optimizer steps, "
+                "or 0 to compare nothing."
             )
         if self._uses_fsdp and self.device.type == "cpu":
             # accelerate would run DDP instead, without a word.
