@@ -47,6 +47,8 @@ class MaskSchedule:
 
     # Whether the mask changes by gradients of pruned weights.
     uses_dense_gradients = False
+    # Whether the mask changes while weights train, so that optimizer state must be dropped with it.
+    changes_frozen_masks = False
 
     def begin_search(self, model: PromptedSparseModel, sparsity: float) -> None:
         """Select the mask that a stage in the search state starts with; `sparsity` is what it ends with."""
@@ -151,6 +153,8 @@ class GradualMagnitude(MaskSchedule):
 
     gradual: GradualSparsity = GradualSparsity()
 
+    changes_frozen_masks = True
+
     def begin_frozen(self, model: PromptedSparseModel) -> None:
         """Keep every weight."""
         keep_all(model)
@@ -189,6 +193,8 @@ class AlternatingCompression(MaskSchedule):
     last_dense: float = 0.1
     final: float = 0.15
 
+    changes_frozen_masks = True
+
     def begin_frozen(self, model: PromptedSparseModel) -> None:
         """Keep every weight."""
         keep_all(model)
@@ -200,8 +206,7 @@ class AlternatingCompression(MaskSchedule):
     def kept_state(self, model: PromptedSparseModel) -> Mapping[str, Tensor]:
         """Nothing where a dense phase begins, and that of the kept weights where a compressed one does."""
         masks = model.masks()
-        is_dense = all(bool(mask.all()) for mask in masks.values())
-        return {name: torch.zeros_like(mask) for name, mask in masks.items()} if is_dense else masks
+        return {name: torch.zeros_like(mask) for name, mask in masks.items()} if model.sparsity == 0 else masks
 
     def compressed(self, moment: Moment) -> bool:
         """Whether the step that follows is one of a compressed phase."""
@@ -240,6 +245,7 @@ class RigL(MaskSchedule):
     updates: int = 15
 
     uses_dense_gradients = True
+    changes_frozen_masks = True
 
     def needs_dense_gradients(self, moment: Moment) -> bool:
         """Whether an update is due."""

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import sharding
 from .selection import NAN_SCORES, keep_largest, overwrite_masks
+from .sharded_selection import RankedGroup, refuse_nan, select_on_shards
 
 MASK_SUFFIX = "_mask"
 
@@ -79,7 +81,7 @@ SCOPES = ("global", *_COUNTS, "row")
 
 def _keep_largest_in_rows(score: Tensor, sparsity: float) -> Tensor:
     """Bool tensor that is True at the largest entries of each row of [rows, ...]; ties go to the lower index."""
-    rows = score.reshape(len(score), -1)
+    rows = score.flatten(1)
     if rows.isnan().any():
         raise ValueError(NAN_SCORES)
     kept = rows.sort(dim=1, descending=True, stable=True).indices[:, : kept_count(rows.shape[1], sparsity)]
@@ -92,15 +94,16 @@ def select_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str = "gl
 
     Args:
         scores: one tensor of any shape, dtype and memory format per weight; larger = keep (no absolute value is
-            taken).
+            taken). Sharded ones (FSDP2) are ranked where they are, without gathering them; all processes call this
+            together.
         sparsity: fraction to remove, in [0, 1]; `round((1 - sparsity) * N)` weights are kept.
         scope: `"global"` ranks all tensors together; `"layer"` keeps that count in each tensor; `"erk"` keeps the
             global count, spread over tensors by [`erk_densities`] and rounded by largest remainder; `"row"` keeps
             `round((1 - sparsity) * row)` in each output row, which is the first dimension with all others flattened.
 
     Returns:
-        One contiguous bool tensor per score, True where the weight is kept. Ties are broken by the order of the
-        dictionary, then by row-major index.
+        One contiguous bool tensor per score, sharded as it is, True where the weight is kept. Ties are broken by the
+        order of the dictionary, then by row-major index.
 
     Raises:
         ValueError: sparsity outside [0, 1], unknown scope, no scores, or NaN among them.
@@ -113,14 +116,36 @@ def _select(scores: Mapping[str, Tensor], sparsity: float, scope: str, magnitude
         raise ValueError("No scores were given, so there is nothing to select.")
     if scope not in SCOPES:
         raise ValueError(f"`scope` is {scope!r}; expected one of {', '.join(SCOPES)}.")
+    if sharding.is_sharded(scores.values()) or scope == "row":
+        ranked = {name: score.abs() if magnitude else score for name, score in scores.items()}
+        if sharding.is_sharded(scores.values()):
+            return _select_sharded_masks(ranked, sparsity, scope)
+        return {name: _keep_largest_in_rows(score, sparsity) for name, score in ranked.items()}
     if scope == "global":
         count = kept_count(sum(score.numel() for score in scores.values()), sparsity)
         return dict(zip(scores, keep_largest(list(scores.values()), count, magnitude), strict=True))
-    if scope == "row":
-        ranked = {name: score.abs() if magnitude else score for name, score in scores.items()}
-        return {name: _keep_largest_in_rows(score, sparsity) for name, score in ranked.items()}
     counts = _COUNTS[scope]({name: score.shape for name, score in scores.items()}, sparsity)
     return {name: keep_largest([score], counts[name], magnitude)[0] for name, score in scores.items()}
+
+
+def _select_sharded_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str) -> dict[str, Tensor]:
+    shards = sharding.shards_of(scores.values())
+    parts = {name: sharding.local(score) for name, score in scores.items()}
+    if scope == "row":
+        # Every row is whole on one process.
+        refuse_nan(parts.values(), shards)
+        selected = {name: _keep_largest_in_rows(part, sparsity) for name, part in parts.items()}
+    else:
+        selected = select_on_shards(parts, _ranked_groups(scores, sparsity, scope), shards)
+    return {name: sharding.join_like(mask, scores[name]) for name, mask in selected.items()}
+
+
+def _ranked_groups(scores: Mapping[str, Tensor], sparsity: float, scope: str) -> list[RankedGroup]:
+    if scope == "global":
+        total = sum(score.numel() for score in scores.values())
+        return [RankedGroup(list(scores), kept_count(total, sparsity))]
+    counts = _COUNTS[scope]({name: score.shape for name, score in scores.items()}, sparsity)
+    return [RankedGroup([name], counts[name]) for name in scores]
 
 
 # Prunable weights ----------------------------------------------------------------------------------------------------
@@ -252,7 +277,9 @@ class MaskedWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight with zeros where the mask is False."""
-        return _StraightThroughMask.apply(weight, self.scores, self.mask, self.signed, self.implicit_gradient)
+        # FSDP2 gathers parameters before it calls this, but no buffers.
+        mask = sharding.whole(self.mask)
+        return _StraightThroughMask.apply(weight, self.scores, mask, self.signed, self.implicit_gradient)
 
 
 def initial_scores(weight: Tensor) -> Tensor:
@@ -314,7 +341,16 @@ def update_masks(slots: Mapping[str, Slot], sparsity: float, scope: str) -> int:
     masked = masked_weights(slots)
     signed = any(part.signed for part in masked.values())
     selected = _select({name: part.scores for name, part in masked.items()}, sparsity, scope, magnitude=not signed)
-    return overwrite_masks({name: part.mask for name, part in masked.items()}, selected)
+    return _overwrite({name: part.mask for name, part in masked.items()}, selected)
+
+
+def _overwrite(masks: Mapping[str, Tensor], selected: Mapping[str, Tensor]) -> int:
+    if not sharding.is_sharded(masks.values()):
+        return overwrite_masks(masks, selected)
+    flips = sharding.count_true(mask != selected[name] for name, mask in masks.items())
+    for name, mask in masks.items():
+        mask.copy_(selected[name])
+    return flips
 
 
 # Frozen state --------------------------------------------------------------------------------------------------------
@@ -333,7 +369,7 @@ def change_frozen_masks(slots: Mapping[str, Slot], masks: Mapping[str, Tensor]) 
 
     A weight that comes back starts at zero, unless its zero was not written yet.
     """
-    flips = overwrite_masks(frozen_masks(slots), masks)
+    flips = _overwrite(frozen_masks(slots), masks)
     zero_masked_weights(slots)
     return flips
 
@@ -353,7 +389,7 @@ def frozen_masks(slots: Mapping[str, Slot]) -> dict[str, Tensor]:
 def zero_masked_weights(slots: Mapping[str, Slot]) -> None:
     """Write exact zeros wherever a frozen mask is False."""
     for name, mask in frozen_masks(slots).items():
-        stored_weight(slots[name]).masked_fill_(~mask, 0)
+        sharding.local(stored_weight(slots[name])).masked_fill_(~sharding.local(mask), 0)
 
 
 def mask_gradients(slots: Mapping[str, Slot]) -> None:
@@ -363,10 +399,15 @@ def mask_gradients(slots: Mapping[str, Slot]) -> None:
     they stay exactly zero in any training loop.
     """
     for slot in slots.values():
-        weight = stored_weight(slot)
+        weight, mask = stored_weight(slot), _GradientMask(slot)
         trainable = weight.requires_grad
         # torch only takes hooks on tensors that require a gradient; this one may be made trainable later.
-        weight.requires_grad_(True).register_hook(_GradientMask(slot))
+        weight.requires_grad_(True)
+        if sharding.is_sharded([weight]):
+            # FSDP2 writes the gradient of a shard itself and then calls these hooks alone.
+            weight.register_post_accumulate_grad_hook(mask.fill)
+        else:
+            weight.register_hook(mask)
         weight.requires_grad_(trainable)
 
 
@@ -375,4 +416,36 @@ class _GradientMask:
         self.slot = slot
 
     def __call__(self, grad: Tensor) -> Tensor:
-        return torch.where(self.slot.module.get_buffer(self.slot.tensor_name + MASK_SUFFIX), grad, 0)
+        """The gradient with zeros where the mask is False."""
+        return torch.where(self._mask, grad, 0)
+
+    @torch.no_grad()
+    def fill(self, weight: Tensor) -> None:
+        """Write the zeros into the gradient of a sharded weight."""
+        if weight.grad is not None:
+            sharding.local(weight.grad).masked_fill_(~sharding.local(self._mask), 0)
+
+    @property
+    def _mask(self) -> Tensor:
+        return self.slot.module.get_buffer(self.slot.tensor_name + MASK_SUFFIX)
+
+
+# Sharded weights -----------------------------------------------------------------------------------------------------
+
+
+def shard_masks(slots: Mapping[str, Slot], state: str) -> None:
+    """Split the masks as `fully_shard` has split the weights; in the frozen state, mask the gradients of the parts.
+
+    Args:
+        state: `"search"` or `"frozen"`.
+    """
+    for slot in slots.values():
+        weight = stored_weight(slot)
+        if state == "search":
+            masked = cast(MaskedWeight, _parametrizations(slot)[0])
+            masked.mask = sharding.split_like(masked.mask, weight)
+        else:
+            name = slot.tensor_name + MASK_SUFFIX
+            setattr(slot.module, name, sharding.split_like(slot.module.get_buffer(name), weight))
+    if state == "frozen":
+        mask_gradients(slots)

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from . import masking, storage
+from . import masking, sharding, storage
 from .configuration import PromptedSparseConfig
 from .label_mapping import get_label_mapping
 from .prompts import build_prompt
@@ -99,6 +99,9 @@ class PromptedSparseModel(PreTrainedModel):
         # Hooks on parameters are lost when a model is copied.
         super().__setstate__(state)
         self._mask_gradients()
+
+    def get_input_embeddings(self) -> None:
+        """None: images have no embeddings of tokens, which accelerate would shard on their own."""
 
     def _mask_gradients(self) -> None:
         if self.config.state == "frozen":
@@ -361,7 +364,7 @@ class PromptedSparseModel(PreTrainedModel):
     def sparsity(self) -> float:
         """Fraction of the prunable weights that are masked, measured."""
         masks = self.masks().values()
-        return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+        return 1 - sharding.count_true(masks) / sum(mask.numel() for mask in masks)
 
     def attach_scores(self, signed: bool = False) -> None:
         """Dense to search: give every prunable weight scores and a mask; scores and prompt become trainable.
@@ -371,6 +374,7 @@ class PromptedSparseModel(PreTrainedModel):
                 values, which start in proportion to the weights (HYDRA, VPNs).
         """
         self._require("dense", "attach scores")
+        self.gather()
         masking.attach_scores(self.slots(), signed)
         self.config.state, self.config.signed_scores = "search", signed
         self.train_only("scores", "prompt", "head")
@@ -379,6 +383,7 @@ class PromptedSparseModel(PreTrainedModel):
     def detach_scores(self) -> None:
         """Search to dense: drop scores and masks; all parameters become trainable."""
         self._require("search", "detach scores")
+        self.gather()
         masking.detach_scores(self.slots())
         self.config.state, self.config.signed_scores = "dense", False
         self.train_only(*ROLES)
@@ -436,7 +441,10 @@ class PromptedSparseModel(PreTrainedModel):
             flips = masking.change_frozen_masks(slots, masks)
             self.config.sparsity = self.sparsity
             return flips
-        flips = sum(int((mask != masks[name].to(mask.device)).sum()) for name, mask in self.masks().items())
+        flips = sharding.count_true(mask != masks[name].to(mask.device) for name, mask in self.masks().items())
+        masks = {name: sharding.whole(mask) for name, mask in masks.items()}
+        self.gather()
+        slots = self.slots()
         if self.config.state == "search":
             self.detach_scores()
         masking.freeze(slots, masks)
@@ -554,6 +562,7 @@ class PromptedSparseModel(PreTrainedModel):
         self.config.label_mapping_state = "final" if final else "open"
 
     def _slice_head(self, mapped: list[int]) -> None:
+        self.gather()
         config = copy.deepcopy(self.config)
         config.mapped_labels, config.label_mapping_state = mapped, "final"
         config.backbone_config.id2label = dict(config.id2label)
@@ -592,6 +601,38 @@ class PromptedSparseModel(PreTrainedModel):
         """Take over another model's weights, state and configuration, so that references to this one stay good."""
         self.__setstate__(other.__dict__)
 
+    # Sharded by FSDP2 -----------------------------------------------------------------------------------------------
+
+    def shard_masks(self) -> None:
+        """Split the masks as `torch.distributed.fsdp.fully_shard(model)` has split the weights; call it right after.
+
+        From then on masks are selected without gathering the scores, and pruned weights get no gradient. Nothing
+        happens where nothing is sharded.
+        """
+        if self.config.state != "dense" and sharding.is_sharded(self.parameters()):
+            masking.shard_masks(self.slots(), self.config.state)
+
+    def gather(self) -> None:
+        """Undo `fully_shard`: every process holds the whole model again; all of them call this together.
+
+        What changes the state of the model or the shape of its head does this by itself, because `fully_shard` cannot
+        follow. Nothing happens where nothing is sharded.
+        """
+        if not sharding.is_sharded(self.parameters()):
+            return
+        state = sharding.full_state(self, on_every_process=True)
+        trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        with torch.device(self.device):
+            # torch makes the class of a sharded module build the plain one.
+            whole = type(self)(copy.deepcopy(self.config))
+        whole.load_state_dict(state, assign=True)
+        for name, parameter in whole.named_parameters():
+            parameter.requires_grad_(trainable[name])
+        whole.train(self.training)
+        sharding.forget(self)
+        self.__class__ = type(whole)
+        self.become(whole)
+
     # Results ---------------------------------------------------------------------------------------------------------
 
     def merge_and_unload(self) -> PreTrainedModel:
@@ -599,6 +640,7 @@ class PromptedSparseModel(PreTrainedModel):
 
         With `keep_source_head` or a `"bayesian"` label mapping the plain model still has all source classes.
         """
+        self.gather()
         if self.config.state == "search":
             self.freeze_masks()
         if self.config.state == "frozen":

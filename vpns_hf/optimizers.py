@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from . import sharding
+
 NOT_IN_TRAINER: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam}
 """Optimizers that `TrainingArguments.optim` does not know."""
 
@@ -67,11 +69,16 @@ class OptimizerByRole(torch.optim.Optimizer):
     Args:
         parts: optimizer of each role.
         turns: the roles that are stepped, in turn by step; none: all of them at every step.
+
+    Attributes:
+        resting: roles that are not stepped as long as they are named here. A role without gradients rests anyway, but
+            DeepSpeed gives it zeros, and then momentum would move it.
     """
 
     def __init__(self, parts: Mapping[str, torch.optim.Optimizer], turns: Sequence[Collection[str]] = ()):
         self.parts = dict(parts)
         self.turns, self.steps = tuple(turns), 0
+        self.resting: Collection[str] = ()
         for role, part in self.parts.items():
             for group in part.param_groups:
                 group["role"] = role
@@ -83,7 +90,7 @@ class OptimizerByRole(torch.optim.Optimizer):
             raise ValueError("OptimizerByRole takes no closure: the loss is computed once for all roles.")
         roles = self.turns[self.steps % len(self.turns)] if self.turns else self.parts
         for role, part in self.parts.items():
-            if role in roles:
+            if role in roles and role not in self.resting:
                 part.step()
         self.steps += 1
 
@@ -94,11 +101,14 @@ class OptimizerByRole(torch.optim.Optimizer):
             for part in self.parts.values():
                 for value in part.state.get(parameter, {}).values():
                     if isinstance(value, Tensor) and value.shape == mask.shape:
-                        value.masked_fill_(~mask, 0)
+                        sharding.local(value).masked_fill_(~sharding.local(mask), 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every part, by role, and how many steps were made."""
-        return {role: part.state_dict() for role, part in self.parts.items()} | {"steps": self.steps}
+        """The state of every part, by role, and how many steps were made.
+
+        The state of sharded parameters is gathered; all processes then call this together.
+        """
+        return {role: _gathered(part.state_dict()) for role, part in self.parts.items()} | {"steps": self.steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore every part.
@@ -113,7 +123,24 @@ class OptimizerByRole(torch.optim.Optimizer):
         self.steps = state_dict["steps"]
         for role, part in self.parts.items():
             part.load_state_dict(state_dict[role])
+            _shard_state(part)
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+
+
+def _gathered(state_dict: dict[str, Any]) -> dict[str, Any]:
+    state = {
+        index: {name: sharding.whole(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+        for index, values in state_dict["state"].items()
+    }
+    return state_dict | {"state": state}
+
+
+def _shard_state(optimizer: torch.optim.Optimizer) -> None:
+    """Split momentum and the like as their parameters are."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = sharding.split_like(value, parameter)
 
 
 def weight_groups(

@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from . import sharding
 from .batches import RoleBatchSampler, RoleDataset, collate_images
+from .consistency import ConsistencyCheck
 from .label_mapping import count_predictions, map_labels
 from .mask_schedules import MaskSchedule, Moment, keep_all
 from .methods import Method, Stage, get_method
@@ -62,6 +64,11 @@ class StageCallback(TrainerCallback):
         self.trainer = trainer
         self._masks: dict[str, Tensor] | None = None
         self._started = 0.0
+
+    def on_train_begin(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.model.shard_masks()
 
     def on_epoch_begin(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -218,6 +225,33 @@ class VPNsTrainer(Trainer):
             callbacks=[StageCallback(self), Counters(), *(callbacks or [])],
             **kwargs,
         )
+        self._check_distributed()
+        if args.world_size > 1 and args.consistency_check_steps:
+            self.add_callback(ConsistencyCheck(self.accelerator, args.consistency_check_steps))
+
+    def _check_distributed(self) -> None:
+        """Raise if this method cannot run as the model is spread over the processes."""
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if not self.accelerator.is_fsdp2 or "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+                raise ValueError(
+                    "Under FSDP, VPNsTrainer needs `fsdp_version: 2` (version 1 flattens the weights, so that they "
+                    "cannot be masked) and `fsdp_state_dict_type: FULL_STATE_DICT`, as in "
+                    "`recipes/accelerate_configs/fsdp2.yaml`."
+                )
+            # Every stage starts from the whole model, which may score or map labels before it is sharded.
+            self.model.to(self.args.device)
+        schedules = [stage.masks for stage in self.stages]
+        if self.is_fsdp_enabled and any(schedule.uses_dense_gradients for schedule in schedules):
+            raise ValueError(
+                f"`method={self.args.method!r}` needs whole gradients of pruned weights, which FSDP does not keep; "
+                "run it with DDP."
+            )
+        if self.is_deepspeed_enabled and any(schedule.changes_frozen_masks for schedule in schedules):
+            raise ValueError(
+                f"`method={self.args.method!r}` changes masks and momentum while weights train, and DeepSpeed keeps "
+                "momentum where it cannot be reached; run it with DDP."
+            )
 
     # Stages ----------------------------------------------------------------------------------------------------------
 
@@ -308,9 +342,16 @@ class VPNsTrainer(Trainer):
         self.optimizer, self.lr_scheduler = None, None
         self._enter(stage, record, checkpoint)
         self.model_wrapped = self.model
+        # Masks follow from the scores on every process, so DDP need not send them before every forward.
+        names = {id(buffer): name for name, buffer in self.model.named_buffers()}
+        self.model._ddp_params_and_buffers_to_ignore = [
+            names[id(mask)] for mask in self.model.masks().values() if id(mask) in names
+        ]
         with self._stage_arguments(stage, folder, is_last=stage is stages[-1]):
             output = self._run(stage, checkpoint, **kwargs)
             self.model = self.model_wrapped = self._unwrapped()
+            # States change between stages, which a sharded model cannot follow.
+            self.model.gather()
             self.model.eval_backbone = False
             cost = self._cost()
             if stage is stages[-1] and self.model.config.state == "search":
@@ -417,7 +458,8 @@ class VPNsTrainer(Trainer):
         (seed,) = np.random.SeedSequence([self.args.seed, self.stage_index, step]).generate_state(1)
         generator = torch.Generator().manual_seed(int(seed))
         for parameter in self.model.parameters_by_role()["prompt"].values():
-            parameter.copy_(self.args.prompt_noise * torch.randn(parameter.shape, generator=generator))
+            noise = self.args.prompt_noise * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(sharding.split_like(noise, parameter))
 
     def calibration_batches(self) -> list[dict[str, Tensor]]:
         """Training images to score with, as prompted batches show them (usually not augmented).
@@ -639,7 +681,7 @@ class VPNsTrainer(Trainer):
                 parts[role] = build_optimizer(
                     groups, self.args.role_settings(role, self.stage), self.args, self.args.momentum
                 )
-            self.optimizer = OptimizerByRole(parts, self.stage.turns)
+            self._optimizer_by_role = self.optimizer = OptimizerByRole(parts, self.stage.turns)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
@@ -665,6 +707,7 @@ class VPNsTrainer(Trainer):
         """One batch forward and backward."""
         if self._batches != "prompted":
             inputs = {**inputs, "use_prompt": False}
+        self._optimizer_by_role.resting = () if inputs.get("use_prompt", True) else ("prompt",)
         images = len(inputs["pixel_values"]) * self.args.world_size
         for name in ("images", "forward_images", "backward_images"):
             setattr(self.counters, name, getattr(self.counters, name) + images)
@@ -677,7 +720,9 @@ class VPNsTrainer(Trainer):
             if type(self.stage.masks) is not MaskSchedule:
                 logs["mask_flips"] = self.counters.take_flips()
             if self.model.prompt is not None and "prompt" in self.stage.roles:
-                logs["prompt_max"] = max(float(p.detach().abs().max()) for p in self.model.prompt.parameters())
+                logs["prompt_max"] = max(
+                    float(sharding.whole(p.detach()).abs().max()) for p in self.model.prompt.parameters()
+                )
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -692,6 +737,9 @@ class VPNsTrainer(Trainer):
 
         Predictions are those of the first pass: without the prompt, unless `args.eval_prompt` is `"with"`.
         """
+        if self.is_fsdp_enabled and not self.accelerator._models:
+            # accelerate shards a model along with its optimizer only, so one that was not trained is evaluated whole.
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
         outputs = []
         for use_prompt in self._evaluated_roles():
             self._evaluates_prompted = use_prompt
@@ -767,10 +815,25 @@ class VPNsTrainer(Trainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._load_weights(resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # The files of a run that is not sharded: accelerate's knows no optimizer of several parts.
+        state = self.optimizer.state_dict()
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        for name, part in ((OPTIMIZER_NAME, self.optimizer), (SCHEDULER_NAME, self.lr_scheduler)):
+            part.load_state_dict(torch.load(os.path.join(checkpoint, name), map_location="cpu", weights_only=True))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # A method that prunes gradually is better before it has pruned.
@@ -779,7 +842,7 @@ class VPNsTrainer(Trainer):
         return super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             self._load_weights(self.state.best_model_checkpoint)
@@ -787,6 +850,6 @@ class VPNsTrainer(Trainer):
     def _load_weights(self, folder: str) -> None:
         # Trainer matches keys by name, which skips every tensor that transformers renames when it saves.
         loaded = type(self.model).from_pretrained(folder)
-        self.model.load_state_dict(loaded.state_dict())
+        sharding.load_full_state(self.model, loaded.state_dict())
         for name in ("sparsity", "mapped_labels", "label_mapping_state"):
             setattr(self.model.config, name, getattr(loaded.config, name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from .methods import Stage, get_method
@@ -66,6 +67,13 @@ class VPNsTrainingArguments(TrainingArguments):
             "help": "Standard deviation of the parameters of the prompt in vpns_noise_prompt: pixel values, for pad."
         },
     )
+    consistency_check_steps: int = field(
+        default=50,
+        metadata={
+            "help": "On several processes, compare hashes of their scores, masks, prompts and weights every so many "
+            "optimizer steps; 0: never."
+        },
+    )
     score_optim: str = field(
         default="adam", metadata={"help": "Optimizer of the scores, and of the prompt during the search."}
     )
@@ -121,12 +129,27 @@ class VPNsTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`hub_strategy` is {str(self.hub_strategy)!r}; VPNsTrainer only uploads at the end, so use 'end'."
             )
+        if self.consistency_check_steps < 0:
+            raise ValueError(
+                f"`consistency_check_steps` is {self.consistency_check_steps}; expected a number of optimizer steps, "
+                "or 0 to compare nothing."
+            )
+        if self._uses_fsdp and self.device.type == "cpu":
+            # accelerate would run DDP instead, without a word.
+            raise ValueError(
+                "FSDP is asked for, but there is no GPU and accelerate has no FSDP on CPUs; launch with "
+                "`recipes/accelerate_configs/ddp_cpu.yaml`."
+            )
         if self.calibration_images_per_class < 1:
             raise ValueError(
                 f"`calibration_images_per_class` is {self.calibration_images_per_class}; expected at least 1."
             )
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise ValueError(f"`sparsity` is {self.sparsity}; expected a fraction in [0, 1), such as 0.9 for 90 %.")
+
+    @property
+    def _uses_fsdp(self) -> bool:
+        return bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
     def role_settings(self, role: str, stage: Stage) -> RoleSettings:
         """Optimizer, learning rate and schedule of a role in a stage."""
