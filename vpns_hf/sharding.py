@@ -88,7 +88,7 @@ def shards_of(tensors: Iterable[Tensor]) -> Shards:
 def count_true(masks: Iterable[Tensor]) -> int:
     """How many entries of bool tensors are True, over all processes."""
     masks = list(masks)
-    counted = torch.stack([local(mask).sum() for mask in masks]).sum()
+    counted = torch.stack([local(mask).count_nonzero() for mask in masks]).sum()
     return int(shards_of(masks).sum(counted) if is_sharded(masks) else counted)
 
 
