@@ -4,6 +4,7 @@ import functools
 import re
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import datasets
@@ -18,6 +19,7 @@ from PIL import Image
 from test_recipe import run, task  # noqa: F401
 from test_trainer import fresh, make_trainer
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor, pipeline
+from transformers.utils.hub import PushInProgress
 
 from vpns_hf import PromptedSparseModel, VPNsTrainingArguments, storage
 from vpns_hf.hub import BEGIN, END, merge_cards, push_folder
@@ -220,6 +222,31 @@ def test_caches(hub, tmp_path):
     assert "storage" not in hub.steps
     PromptedSparseModel.from_pretrained("me/pruned", force_download=True, **cache)
     assert "storage" in hub.steps
+
+
+def test_a_map_of_devices(hub, tmp_path):
+    """What does not fit into memory is left on the disk, as for any transformers model."""
+    model = pruned()
+    model.push_to_hub("me/pruned")
+    loaded = PromptedSparseModel.from_pretrained(
+        "me/pruned", device_map="auto", max_memory={"cpu": "60KB"}, offload_folder=tmp_path / "offloaded"
+    )
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"meta"}
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        for use_prompt in (True, False):
+            assert torch.equal(
+                loaded(images, use_prompt=use_prompt).logits, model(images, use_prompt=use_prompt).logits
+            )
+
+
+def test_a_repository_that_was_deleted(hub):
+    model = pruned()
+    model.push_to_hub("me/pruned")
+    HfApi().delete_repo("me/pruned")
+    refuses(pull("me/pruned", cache_dir="nowhere"), "there is no such repository")
+    model.push_to_hub("me/pruned")
+    assert len(hub.history("me/pruned")) == 2
 
 
 def test_load_subnetwork(hub):
@@ -430,6 +457,22 @@ def test_a_push_in_the_background_may_fail(hub, tmp_path, caplog):
     hub.faults = []
     trainer.push_to_hub(blocking=False).result()
     assert hub.history("me/run")[0].title == "End of training"
+
+
+def test_a_save_is_left_out_while_another_is_pushed(hub, tmp_path, caplog):
+    trainer = pushing_trainer(tmp_path / "run", hub_strategy="every_save", hub_always_push=False)
+    checkpoint = tmp_path / "run" / "1-search" / "checkpoint-1"
+    trainer.save_model(str(checkpoint), _internal_call=True)
+    trainer.push_in_progress = PushInProgress([Future()])
+    trainer._push_from_checkpoint(str(checkpoint))
+    assert len(hub.history("me/run")) == 1
+    trainer.push_in_progress.jobs[0].set_result(None)
+    trainer._push_from_checkpoint(str(checkpoint))
+    trainer.push_in_progress.wait_until_done()
+    assert len(hub.history("me/run")) == 2
+    (checkpoint / "config.json").unlink()
+    trainer._push_from_checkpoint(str(checkpoint))
+    assert "holds no saved model: there is no config.json in it. Training goes on" in caplog.text
 
 
 def test_only_the_end_is_pushed_by_default(hub, tmp_path):

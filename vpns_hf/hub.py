@@ -274,8 +274,10 @@ def _reason(error: BaseException, revision: str | None) -> str | None:
             return f"the repository has no branch, tag or commit {revision!r}."
         case LocalEntryNotFoundError() | RevisionResolutionError() if error.__cause__ is None:
             return "the files are not all in the cache; do without `local_files_only=True` to ask the Hub."
-        case LocalEntryNotFoundError() | EntryNotFoundError():
+        case LocalEntryNotFoundError():
             return None
+        case EntryNotFoundError():
+            return "a file that is needed is not in the repository."
         case HfHubHTTPError():
             return _refusal(error.response.status_code)
         case json.JSONDecodeError():

@@ -136,6 +136,15 @@ def _check_model(name: str, method: Method, model: PromptedSparseModel) -> None:
         raise ValueError(f"`method={name!r}` needs a model that was built by `from_backbone(..., {arguments})`.")
 
 
+@contextmanager
+def _training_goes_on() -> Iterator[None]:
+    """Warn of what goes wrong with a push of a checkpoint instead of ending the training by it."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s Training goes on, and the next save is pushed again.", error)
+
+
 class VPNsTrainer(Trainer):
     """Prune a [`PromptedSparseModel`] by the method that `args.method` names.
 
@@ -765,9 +774,27 @@ class VPNsTrainer(Trainer):
     # The Hub ---------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository `args.hub_model_id` on the Hub, if there is none."""
-        with clear_errors(f"Could not create {self.args.hub_model_id or Path(self.args.output_dir).name} on the Hub"):
-            super().init_hf_repo(token, private)
+        """Create the repository `args.hub_model_id` on the Hub, if there is none.
+
+        Args:
+            token: of an account that may write; None: `args.hub_token`, else that of `hf auth login`.
+            private: whether it is private; None: `args.hub_private_repo`.
+
+        Raises:
+            OSError: the Hub cannot be reached or refuses.
+        """
+        if not self.is_world_process_zero():
+            return
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        # Not Trainer's own, which takes no `private` before transformers 5.23.
+        with clear_errors(f"Could not create {name} on the Hub"):
+            repository = self._hub.create_repo(
+                name,
+                token=self.args.hub_token if token is None else token,
+                private=self.args.hub_private_repo if private is None else private,
+                exist_ok=True,
+            )
+        self.hub_model_id, self.push_in_progress = repository.repo_id, None
 
     def create_model_card(
         self,
@@ -864,11 +891,13 @@ class VPNsTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         message = f"Training in progress: {self.stage.name}, step {self.state.global_step}"
-        job = self._hub.run_as_future(self._push_in_background, self._complete_copy(Path(checkpoint_folder)), message)
-        if running is None or running.is_done():
-            self.push_in_progress = PushInProgress([job])
-        else:
-            running.jobs.append(job)
+        with _training_goes_on():
+            copied = self._complete_copy(Path(checkpoint_folder))
+            job = self._hub.run_as_future(self._push_copy, copied, message)
+            if running is None or running.is_done():
+                self.push_in_progress = PushInProgress([job])
+            else:
+                running.jobs.append(job)
 
     def _complete_copy(self, checkpoint: Path) -> tempfile.TemporaryDirectory[str]:
         """What a push of a checkpoint publishes; a copy, because checkpoints are deleted while training goes on."""
@@ -882,15 +911,12 @@ class VPNsTrainer(Trainer):
         self._write_card(model, folder, None, {})
         return copied
 
-    def _push_in_background(self, copied: tempfile.TemporaryDirectory[str], message: str) -> None:
-        try:
-            with copied as folder:
-                push_folder(
-                    folder,
-                    str(self.hub_model_id),
-                    commit_message=message,
-                    token=self.args.hub_token,
-                    revision=self.args.hub_revision,
-                )
-        except Exception as error:
-            logger.warning("%s Training goes on, and the next save is pushed again.", error)
+    def _push_copy(self, copied: tempfile.TemporaryDirectory[str], message: str) -> None:
+        with _training_goes_on(), copied as folder:
+            push_folder(
+                folder,
+                str(self.hub_model_id),
+                commit_message=message,
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+            )
