@@ -113,8 +113,8 @@ class Recipe(Experiment):
             "density": "Density per layer",
         }
         return SubnetworkCard(
-            title=Path(self.args.hub_model_id or self.folder).name,
-            repo_id=self.args.hub_model_id or self.folder.name,
+            title=Path(trainer.hub_model_id or self.folder).name,
+            repo_id=trainer.hub_model_id or self.folder.name,
             base_model=public_name(backbone),
             base_model_is_on_hub=not Path(backbone).is_dir(),
             dataset=public_name(data),
@@ -166,7 +166,8 @@ def main() -> None:
     resume = recipe.args.resume_from_checkpoint
     trainer = recipe.trainer(recipe.args)
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    # Not yet pushed: the report and the card follow.
+    trainer.save_model(str(recipe.folder), _internal_call=True)
     steps = sum(stage.steps for stage in trainer.finished_stages if stage.name != "warm_up")
     references = {}
     for method in recipe.recipe_args.references:
@@ -176,6 +177,8 @@ def main() -> None:
     results = evaluate(recipe, trainer, references)
     if trainer.is_world_process_zero():
         report(recipe, trainer, references, results)
+    if recipe.args.push_to_hub:
+        trainer.push_to_hub()
     trainer.end()
 
 
@@ -183,10 +186,10 @@ def evaluate(recipe: Recipe, trainer: VPNsTrainer, references: dict[str, VPNsTra
     """The rows of the table, each one pass over the test split without and one with the prompt."""
     rows = [("after tuning", run) for run in references.values()]
     if any(stage.name == "search" for stage in trainer.finished_stages):
-        searched = trainer.load_stage("search")
-        rows.append(
-            ("before tuning", VPNsTrainer(model=searched, args=trainer.args, eval_dataset=trainer.eval_dataset))
-        )
+        args = copy.copy(trainer.args)
+        args.push_to_hub = False
+        searched = VPNsTrainer(model=trainer.load_stage("search"), args=args, eval_dataset=trainer.eval_dataset)
+        rows.append(("before tuning", searched))
     rows.append(("after tuning", trainer))
     return [measure(recipe, name, run) for name, run in rows]
 
@@ -239,5 +242,5 @@ def draw(recipe: Recipe, trainer: VPNsTrainer, references: dict[str, VPNsTrainer
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ConnectionError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

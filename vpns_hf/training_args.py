@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from .methods import Stage, get_method
 from .optimizers import NOT_IN_TRAINER, RoleSettings
@@ -105,7 +106,9 @@ class VPNsTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of every role."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 clips nothing."})
-    hub_strategy: str = field(default="end", metadata={"help": "When push_to_hub uploads: only at the end."})
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When push_to_hub uploads: end, or also at every_save."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Drop dataset columns that the model does not take."}
     )
@@ -125,9 +128,11 @@ class VPNsTrainingArguments(TrainingArguments):
         get_method(self.method)
         _check_choice("prompt_mixing", self.prompt_mixing, PROMPT_MIXINGS)
         _check_choice("eval_prompt", self.eval_prompt, EVAL_PROMPTS)
-        if self.push_to_hub and self.hub_strategy != "end":
+        strategy = HubStrategy(self.hub_strategy)
+        if self.push_to_hub and strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
-                f"`hub_strategy` is {str(self.hub_strategy)!r}; VPNsTrainer only uploads at the end, so use 'end'."
+                f"`hub_strategy={strategy.value!r}` would publish optimizer states, which are pickles; use "
+                "'end' or 'every_save', and resume from the checkpoints in `output_dir`."
             )
         if self.consistency_check_steps < 0:
             raise ValueError(
