@@ -200,5 +200,7 @@ def draw(recipe: Recipe, trainer: VPNsTrainer, dense: VPNsTrainer | None, sparsi
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ConnectionError, FileNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
