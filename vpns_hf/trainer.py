@@ -168,6 +168,15 @@ def _check_model(name: str, method: Method, model: PromptedSparseModel) -> None:
         raise ValueError(f"`method={name!r}` needs a model that was built by `from_backbone(..., {arguments})`.")
 
 
+def _memory_format(model: PromptedSparseModel) -> torch.memory_format:
+    """channels_last where the model is in it; else the one that each tensor has."""
+    is_last = any(
+        weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+        for weight in model.prunable_weights().values()
+    )
+    return torch.channels_last if is_last else torch.preserve_format
+
+
 class VPNsTrainer(Trainer):
     """Prune a [`PromptedSparseModel`] by the method that `args.method` names.
 
@@ -197,6 +206,8 @@ class VPNsTrainer(Trainer):
     model: PromptedSparseModel
     optimizer: Any
     lr_scheduler: Any
+    label_smoother: Any
+    state: TrainerState
 
     def __init__(
         self,
@@ -238,6 +249,13 @@ class VPNsTrainer(Trainer):
         if args.fp16 and any(stage.implicit_gradient or stage.masks.uses_dense_gradients for stage in self.stages):
             # The loss scale would enter the implicit gradient squared, and a step without gradients cannot be scaled.
             raise ValueError(f"`method={args.method!r}` does not work with fp16; use bf16 or float32.")
+        if args.fp16 and args.device.type == "cpu":
+            raise ValueError("fp16 needs a GPU, and this run is on the CPU; use bf16 or float32.")
+        if args.activation_checkpointing and not model.backbone.supports_gradient_checkpointing:
+            raise ValueError(
+                f"transformers has no activation checkpointing for {type(model.backbone).__name__}; leave "
+                "`activation_checkpointing` out, or lower the batch size and raise `gradient_accumulation_steps`."
+            )
         self.stage, self.stage_index = self.stages[0], 0
         self._evaluates_prompted = False
         self.stopping = self._has_saved = False
@@ -597,7 +615,7 @@ class VPNsTrainer(Trainer):
         loaded = type(self.model).from_pretrained(folder)
         # Copied, because tensors that are mapped from the file lie at other addresses, where kernels may sum in
         # another order.
-        self.model.become(copy.deepcopy(loaded).to(self.args.device))
+        self.model.become(copy.deepcopy(loaded).to(self.args.device, memory_format=_memory_format(self.model)))
 
     def _begin_label_mapping(self, checkpoint: Path | None) -> None:
         """Set the label mapping: as the checkpoint has it, else from the dense model's predictions."""
@@ -677,7 +695,7 @@ class VPNsTrainer(Trainer):
         written = folder / UNFINISHED_CHECKPOINT / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         advice = "; earlier ones are as they were, so make room and pass `resume_from_checkpoint=True`"
         with writing(f"The checkpoint of step {step} in {folder}", written.parent, advice):
-            with self._changed_arguments(output_dir=str(written.parent)):
+            with self._output_to(written.parent):
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.state.best_model_checkpoint == str(written):
@@ -694,9 +712,9 @@ class VPNsTrainer(Trainer):
         self._has_saved = True
 
     @contextmanager
-    def _changed_arguments(self, **changes: Any) -> Iterator[None]:
+    def _output_to(self, folder: Path) -> Iterator[None]:
         run_args, self.args = self.args, copy.copy(self.args)
-        vars(self.args).update(changes)
+        self.args.output_dir = str(folder)
         try:
             yield
         finally:
