@@ -8,6 +8,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import set_seed
 
 
@@ -15,3 +16,5 @@ from transformers import set_seed
 def _seeded():
     torch.set_num_threads(1)
     set_seed(0)
+    # The precision that one test asked for must not be that of the next.
+    AcceleratorState._reset_state()

@@ -143,24 +143,25 @@ def test_vanished_file_of_the_data(workers, tmp_path):
     (tmp_path / "images").mkdir()
     data = Files(tmp_path / "images")
     settings = {"train_dataset": data, "prompted_train_dataset": None}
-    settings |= {"dataloader_num_workers": workers, "search_max_steps": 6, "max_steps": 1}
+    settings |= {"dataloader_num_workers": workers, "search_max_steps": 10, "max_steps": 1}
     expected = whole(tmp_path / "whole", **settings)
 
     class Vanishing(Images):
-        """As a validation set, which is read in the middle of a stage, it takes a training image away."""
+        """As a validation set, which is read in the middle of a stage, it takes the training images away."""
 
         def __getitem__(self, index):
-            if (tmp_path / "images/5.pt").is_file():
-                shutil.move(tmp_path / "images/5.pt", tmp_path / "5.pt")
+            if (tmp_path / "images").is_dir():
+                shutil.move(tmp_path / "images", tmp_path / "lost")
             return super().__getitem__(index)
 
     during = {"eval_dataset": Vanishing(4), "eval_strategy": "steps", "eval_steps": 4}
     trainer = make_trainer(tmp_path / "run", fresh(), **SAVING, **settings, **during)
-    with pytest.raises(FileNotFoundError, match=r"images/5\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"images/\d+\.pt"):
         trainer.train()
     checkpoint = last_complete_checkpoint(tmp_path / "run/0-search")
-    assert checkpoint.name == "checkpoint-4"
-    shutil.move(tmp_path / "5.pt", tmp_path / "images/5.pt")
+    # Some images were read ahead.
+    assert checkpoint.name in ("checkpoint-4", "checkpoint-6")
+    shutil.move(tmp_path / "lost", tmp_path / "images")
     assert_same(resumed(tmp_path / "run", **settings).model, expected.model)
 
 

@@ -99,6 +99,10 @@ class PromptedSparseModel(PreTrainedModel):
     def init_weights(self) -> None:
         """Draw nothing: the backbone brings its weights, scores follow from them, prompts set their own."""
 
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        # timm has its own way.
+        self.backbone._set_gradient_checkpointing(*args, **kwargs)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Hooks on parameters are lost when a model is copied.
         super().__setstate__(state)
