@@ -247,5 +247,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ConnectionError, FileNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -242,5 +242,7 @@ def draw(recipe: Recipe, trainer: VPNsTrainer, references: dict[str, VPNsTrainer
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

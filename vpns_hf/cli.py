@@ -12,22 +12,23 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, BaseImageProcessor, Trainer, TrainingArguments
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, logging
+from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from .data import ImageTransforms, collate_images, load_transfer_dataset, matching_image_processor
+from .batches import collate_images
+from .data import load_transfer_dataset
 from .export import export_onnx, export_plain
-from .inspection import WEIGHT_FILES, StoredSubnetwork, inspect_folder
+from .hub import PUBLISHED_FILES, clear_errors, push_folder
+from .inspection import StoredSubnetwork, inspect_folder
 from .metrics import compute_accuracy
 from .modeling import PromptedSparseModel
 from .report import percent, terminal_table
-from .trainer import PUBLISHED_FILES
+from .transforms import ImageTransforms, matching_image_processor
 from .version import __version__
 
 
@@ -111,25 +112,15 @@ def push(args: argparse.Namespace) -> None:
     packed weights, image processor, recipe, sparsity report and figures. Checkpoints, optimizer states and pickles
     stay where they are. Sign in first with `hf auth login`.
     """
-    folder = Path(args.folder)
-    if not (folder / CONFIG_NAME).is_file() or not any(folder.glob(WEIGHT_FILES)):
-        raise FileNotFoundError(f"{folder} holds no saved model: expected {CONFIG_NAME} and {WEIGHT_FILES} in it.")
-    api = HfApi(token=args.token)
-    try:
-        repo_id = api.create_repo(args.repo_id, private=args.private or None, exist_ok=True).repo_id
-        info = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=list(PUBLISHED_FILES),
-            commit_message=args.commit_message,
-            revision=args.revision,
-            create_pr=args.create_pr,
-        )
-    except HfHubHTTPError as error:
-        raise ConnectionError(
-            f"The Hub refused to take {args.repo_id} ({str(error).splitlines()[0]}); check the name and that you are "
-            "signed in as its owner (`hf auth whoami`)."
-        ) from error
+    info = push_folder(
+        args.folder,
+        args.repo_id,
+        commit_message=args.commit_message,
+        private=args.private or None,
+        token=args.token,
+        revision=args.revision,
+        create_pr=args.create_pr,
+    )
     print(info.pr_url if args.create_pr else info.commit_url)
 
 
@@ -196,25 +187,12 @@ def _folder(args: argparse.Namespace) -> Path:
     """The local folder, or the downloaded files of the repository."""
     if Path(args.model).is_dir():
         return Path(args.model)
-    try:
+    with clear_errors(f"Could not read {args.model}", args.revision):
         return Path(
             snapshot_download(
                 args.model, revision=args.revision, token=args.token, allow_patterns=list(PUBLISHED_FILES)
             )
         )
-    except HFValidationError:
-        raise FileNotFoundError(f"{args.model} is neither a folder nor the id of a repository on the Hub.") from None
-    except RepositoryNotFoundError:
-        raise FileNotFoundError(
-            f"{args.model} is no folder, and there is no repository of that name on the Hub that you may read; check "
-            "the spelling, and `hf auth login` for private ones."
-        ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConnectionError(
-            f"{args.model} is no folder, and it cannot be read from the Hub ({reason}); check the spelling, the "
-            "revision and the network."
-        ) from error
 
 
 def _image_processor(folder: Path) -> BaseImageProcessor | None:

@@ -27,9 +27,9 @@ from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperForImag
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .configuration import PromptedSparseConfig
-from .data import matching_image_processor
 from .modeling import PromptedSparseModel
 from .prompts import VisualPrompt
+from .transforms import matching_image_processor
 
 logger = logging.getLogger(__name__)
 

@@ -41,11 +41,13 @@ def compute_accuracy(eval_prediction: EvalPrediction) -> dict[str, Any]:
     """Accuracy for `Trainer(compute_metrics=...)`.
 
     Args:
-        eval_prediction: logits [n, classes] (or a tuple that starts with them) and true classes [n].
+        eval_prediction: logits [n, classes] (or a tuple that starts with them) and true classes [n], or class
+            probabilities [n, classes], of which the largest counts.
 
     Returns:
         `{"accuracy": share of images whose largest logit is the true class}`.
     """
-    logits = eval_prediction.predictions
+    logits, labels = eval_prediction.predictions, eval_prediction.label_ids
     logits = logits[0] if isinstance(logits, tuple) else logits
-    return Accuracy().compute(predictions=np.argmax(logits, axis=-1), references=eval_prediction.label_ids)
+    labels = np.argmax(labels, axis=-1) if labels.ndim == 2 else labels
+    return Accuracy().compute(predictions=np.argmax(logits, axis=-1), references=labels)

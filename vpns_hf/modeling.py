@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,8 @@ from .hub import CARD_NAME, clear_errors, full_repo_id, pinned_revision, push_fo
 from .label_mapping import get_label_mapping
 from .prompts import build_prompt
 from .sparsity import SparsityReport, measure_sparsity
+
+logger = logging.getLogger(__name__)
 
 ROLES = ("scores", "prompt", "head", "weights")
 PROMPT_FIELDS = ("prompt", "prompt_size", "prompt_inner_size", "image_size", "image_mean", "image_std", "use_prompt")
@@ -88,6 +91,7 @@ class PromptedSparseModel(PreTrainedModel):
         self.prompt = build_prompt(config)
         self.register_buffer("label_matrix", _empty_label_matrix(config))
         self._backbone_kwargs = _position_kwargs(self.backbone, config.image_size)
+        self._collapsed = set[str]()
         if config.state == "search":
             masking.attach_scores(self.slots(), config.signed_scores)
         elif config.state == "frozen":
@@ -107,6 +111,10 @@ class PromptedSparseModel(PreTrainedModel):
 
     def init_weights(self) -> None:
         """Draw nothing: the backbone brings its weights, scores follow from them, prompts set their own."""
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        # timm has its own way.
+        self.backbone._set_gradient_checkpointing(*args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Hooks on parameters are lost when a model is copied.
@@ -480,6 +488,7 @@ class PromptedSparseModel(PreTrainedModel):
         self.config.state, self.config.signed_scores = "search", signed
         self.train_only("scores", "prompt", "head")
         self.update_masks()
+        self._warn_of_collapse()
 
     def detach_scores(self) -> None:
         """Search to dense: drop scores and masks; all parameters become trainable."""
@@ -508,6 +517,7 @@ class PromptedSparseModel(PreTrainedModel):
         masking.kept_count(0, sparsity)
         self.config.sparsity = sparsity
         self.update_masks()
+        self._warn_of_collapse()
 
     def update_masks(self) -> int:
         """Select the masks from the scores and return how many entries changed; search state only."""
@@ -541,6 +551,7 @@ class PromptedSparseModel(PreTrainedModel):
         if self.config.state == "frozen":
             flips = masking.change_frozen_masks(slots, masks)
             self.config.sparsity = self.sparsity
+            self._warn_of_collapse()
             return flips
         flips = sharding.count_true(mask != masks[name].to(mask.device) for name, mask in self.masks().items())
         masks = {name: sharding.whole(mask) for name, mask in masks.items()}
@@ -553,7 +564,20 @@ class PromptedSparseModel(PreTrainedModel):
         self.config.sparsity = self.sparsity
         self.train_only(*ROLES)
         self._mask_gradients()
+        self._warn_of_collapse()
         return flips
+
+    def _warn_of_collapse(self) -> None:
+        """Warn of layers that keep no weight, of each of them once."""
+        empty = {name for name, mask in self.masks().items() if not mask.any()}
+        if new := sorted(empty - self._collapsed):
+            logger.warning(
+                "Layer collapse at %.2f%% sparsity: no weight is left in %s. Lower the sparsity, or keep some in "
+                'every layer with `scope="layer"` or `"erk"`.',
+                100 * self.sparsity,
+                ", ".join(new),
+            )
+        self._collapsed = empty
 
     def load_subnetwork(
         self, pretrained_model_name_or_path: str | os.PathLike[str], prompt: bool = True, **kwargs: Any

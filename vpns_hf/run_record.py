@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .modeling import PromptedSparseModel
 
 STAGES_NAME = "stages.json"
+FIRST_STATE_NAME = "first_state.safetensors"
+MODEL_FOLDER = "model"
+CHECKPOINT_FILES_NAME = "checkpoint_files.json"
+# Where a checkpoint is written before it takes its name.
+UNFINISHED_CHECKPOINT = "checkpoint.tmp"
+_LEFTOVERS = (f"{STAGES_NAME}.tmp", "first_state.tmp", f"{MODEL_FOLDER}.tmp", UNFINISHED_CHECKPOINT, ".saving-*")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,28 +101,103 @@ class RunRecord:
         return cls(folder, settings, finished)
 
     def save(self) -> None:
-        """Write the record."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write the record.
+
+        Raises:
+            OSError: it cannot be written; the record that is there is untouched.
+        """
         content = {"settings": self.settings, "finished": [asdict(stage) for stage in self.finished]}
         temporary = self.folder / f"{STAGES_NAME}.tmp"
-        temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
-        os.replace(temporary, self.folder / STAGES_NAME)
+        with writing(f"The record of the run, {self.folder / STAGES_NAME},", temporary):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+            os.replace(temporary, self.folder / STAGES_NAME)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a run that was killed in this folder had begun to write."""
+        for folder in [self.folder, *self.folder.glob("[0-9]*-*")]:
+            for pattern in _LEFTOVERS:
+                for path in folder.glob(pattern):
+                    _remove(path)
 
     def stage_folder(self, index: int, name: str) -> Path:
         """Where a stage keeps its checkpoints and, once it has ended, its model and log."""
         return self.folder / f"{index}-{name}"
 
 
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def publish_checkpoint(written: Path, checkpoint: Path) -> None:
+    """Give a checkpoint its name once it is complete: list its files and their sizes in it, then move it there."""
+    sizes = {str(path.relative_to(written)): path.stat().st_size for path in written.rglob("*") if path.is_file()}
+    (written / CHECKPOINT_FILES_NAME).write_text(json.dumps(sizes, indent=2, sort_keys=True), encoding="utf-8")
+    publish_folder(written, checkpoint)
+
+
+def publish_folder(written: Path, folder: Path) -> None:
+    """Move a complete folder to its place, in one step; what was there before is dropped."""
+    for path in written.rglob("*"):
+        if path.is_file():
+            # Else a machine that crashes could leave the new name with empty files behind it.
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(written, folder)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None: it is complete."""
+    try:
+        sizes = json.loads((checkpoint / CHECKPOINT_FILES_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{CHECKPOINT_FILES_NAME} is missing or cut short"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage whose last-written file is there and whole, or None."""
+    """The newest checkpoint of a stage whose files are all there and whole, or None; newer ones are warned of."""
     checkpoints = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
     for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        try:
-            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return path
+        if (wrong := damage(path)) is None:
+            return path
+        logger.warning("%s is half-written (%s), so it is passed over.", path, wrong)
     return None
+
+
+@contextmanager
+def writing(what: str, temporary: Path, advice: str = "") -> Iterator[None]:
+    """Where a file or folder is written: a failure is told in one sentence and leaves nothing half-written.
+
+    Args:
+        what: what is written, as the sentence begins.
+        temporary: the file or folder that is written to; removed where it fails.
+        advice: the end of the sentence: what is safe and how to go on.
+
+    Raises:
+        OSError: the disk is full, the folder is read-only, or the like.
+    """
+    try:
+        yield
+    # torch and safetensors have errors of their own for a full disk.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        _remove(temporary)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise OSError(f"{what} could not be written: {reason.rstrip('.')}{advice}.") from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink()
 
 
 class Counters(TrainerCallback, ExportableState):
@@ -121,6 +206,9 @@ class Counters(TrainerCallback, ExportableState):
     Args:
         flips: mask entries that changed since the last log.
         images, forward_images, backward_images, seconds: as in [`Cost`].
+        logged_step: the step of the last log.
+        logged_loss: sum of the losses up to that step.
+        loss: sum of the losses after it.
     """
 
     def __init__(
@@ -130,12 +218,18 @@ class Counters(TrainerCallback, ExportableState):
         forward_images: int = 0,
         backward_images: int = 0,
         seconds: float = 0.0,
+        logged_step: int = 0,
+        logged_loss: float = 0.0,
+        loss: float = 0.0,
     ):
         self.flips = flips
         self.images = images
         self.forward_images = forward_images
         self.backward_images = backward_images
         self.seconds = seconds
+        self.logged_step = logged_step
+        self.logged_loss = logged_loss
+        self.loss = loss
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback."""

@@ -9,21 +9,25 @@ import logging
 import math
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
+from torchvision.transforms import v2
 from transformers import (
     BaseImageProcessor,
     Trainer,
@@ -34,13 +38,20 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, TrainOutput
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    HubStrategy,
+    TrainOutput,
+    rotate_checkpoints,
+)
 from transformers.utils.hub import PushInProgress
 
 from . import sharding
 from .batches import RoleBatchSampler, RoleDataset, collate_images
 from .consistency import ConsistencyCheck
 from .hub import BEGIN, CARD_NAME, clear_errors, merge_cards, published_files, push_folder
+from .interruption import StopSignals, leave
 from .label_mapping import count_predictions, map_labels
 from .mask_schedules import MaskSchedule, Moment, keep_all
 from .methods import Method, Stage, get_method
@@ -49,12 +60,22 @@ from .model_card import StageSettings
 from .modeling import PromptedSparseModel
 from .optimizers import OptimizerByRole, build_optimizer, weight_groups
 from .preparations import Rewind, StageStart
-from .run_record import Cost, Counters, FinishedStage, RunRecord, last_complete_checkpoint
+from .run_record import (
+    FIRST_STATE_NAME,
+    MODEL_FOLDER,
+    UNFINISHED_CHECKPOINT,
+    Cost,
+    Counters,
+    FinishedStage,
+    RunRecord,
+    damage,
+    last_complete_checkpoint,
+    publish_checkpoint,
+    publish_folder,
+    writing,
+)
 from .schedules import learning_rate_factor
 from .training_args import VPNsTrainingArguments
-
-FIRST_STATE_NAME = "first_state.safetensors"
-MODEL_FOLDER = "model"
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +91,13 @@ class StageCallback(TrainerCallback):
         self.trainer = trainer
         self._masks: dict[str, Tensor] | None = None
         self._started = 0.0
+        self._saves_at_epoch_end = False
 
     def on_train_begin(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._saves_at_epoch_end = False
+        self.trainer.restore_losses()
         self.trainer.model.shard_masks()
 
     def on_epoch_begin(  # noqa: D102
@@ -123,6 +147,18 @@ class StageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.counters.seconds += time.perf_counter() - self._started
+        self.trainer.stopping = self.trainer.was_asked_to_stop()
+        if self.trainer.stopping:
+            control.should_save = True
+        if state.global_step >= state.max_steps or float(state.epoch).is_integer():
+            # What the end of the epoch logs and evaluates belongs into the checkpoint.
+            self._saves_at_epoch_end, control.should_save = control.should_save, False
+
+    def on_epoch_end(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_save = control.should_save or self._saves_at_epoch_end
+        self._saves_at_epoch_end = False
 
     def _changed(self, flips: int) -> None:
         self.trainer.counters.flips += flips
@@ -150,6 +186,15 @@ def _training_goes_on() -> Iterator[None]:
         yield
     except Exception as error:
         logger.warning("%s Training goes on, and the next save is pushed again.", error)
+
+
+def _memory_format(model: PromptedSparseModel) -> torch.memory_format:
+    """channels_last where the model is in it; else the one that each tensor has."""
+    is_last = any(
+        weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+        for weight in model.prunable_weights().values()
+    )
+    return torch.channels_last if is_last else torch.preserve_format
 
 
 class VPNsTrainer(Trainer):
@@ -182,6 +227,8 @@ class VPNsTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
     push_in_progress: PushInProgress | None
+    label_smoother: Any
+    state: TrainerState
 
     def __init__(
         self,
@@ -226,8 +273,17 @@ class VPNsTrainer(Trainer):
         if args.fp16 and any(stage.implicit_gradient or stage.masks.uses_dense_gradients for stage in self.stages):
             # The loss scale would enter the implicit gradient squared, and a step without gradients cannot be scaled.
             raise ValueError(f"`method={args.method!r}` does not work with fp16; use bf16 or float32.")
+        if args.fp16 and args.device.type == "cpu":
+            raise ValueError("fp16 needs a GPU, and this run is on the CPU; use bf16 or float32.")
+        if args.activation_checkpointing and not model.backbone.supports_gradient_checkpointing:
+            raise ValueError(
+                f"transformers has no activation checkpointing for {type(model.backbone).__name__}; leave "
+                "`activation_checkpointing` out, or lower the batch size and raise `gradient_accumulation_steps`."
+            )
         self.stage, self.stage_index = self.stages[0], 0
         self._evaluates_prompted = False
+        self.stopping = self._has_saved = False
+        self._signals = StopSignals(announces=args.process_index == 0)
         if 0 < args.total_max_steps < len(self._budgeted):
             raise ValueError(
                 f"`total_max_steps` is {args.total_max_steps}, but `method={args.method!r}` has {len(self._budgeted)} "
@@ -271,6 +327,9 @@ class VPNsTrainer(Trainer):
                 f"`method={self.args.method!r}` changes masks and momentum while weights train, and DeepSpeed keeps "
                 "momentum where it cannot be reached; run it with DDP."
             )
+        if self.label_smoother is not None:
+            # Trainer's own does not take class probabilities, as MixUp gives.
+            self.label_smoother = self._smoothed_loss
 
     # Stages ----------------------------------------------------------------------------------------------------------
 
@@ -288,20 +347,26 @@ class VPNsTrainer(Trainer):
 
         Raises:
             ValueError: `output_dir` holds another run, or the checkpoint is none of it.
+            KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written.
+            FloatingPointError: the loss is no finite number.
+            OSError: something could not be written, as on a full disk.
         """
         stages = self.stages
         record = RunRecord.load(Path(self.args.output_dir), self._settings)
         checkpoint = self._find_checkpoint(record, stages, resume_from_checkpoint)
+        if len(record.finished) == len(stages):
+            logger.warning("Every stage of the run in %s has ended, so nothing is trained.", record.folder)
         if record.finished:
             self._become(record.stage_folder(len(record.finished) - 1, record.finished[-1].name) / MODEL_FOLDER)
         if self.args.should_save:
             record.save()
+            record.remove_leftovers()
         loss, metrics = math.nan, dict[str, float]()
         for index, stage in enumerate(stages):
             if index < len(record.finished):
                 continue
             output = self._train_stage(index, stage, stages, record, checkpoint, **kwargs)
-            checkpoint, loss = None, output.training_loss
+            checkpoint, loss = None, output.metrics.get("train_loss", math.nan)
             metrics |= {f"{stage.name}_{name}": value for name, value in output.metrics.items()}
         return TrainOutput(sum(stage.steps for stage in record.finished), loss, metrics)
 
@@ -332,14 +397,13 @@ class VPNsTrainer(Trainer):
             )
         checkpoint = Path(resume_from_checkpoint).resolve()
         folders = [record.stage_folder(index, stage.name).resolve() for index, stage in enumerate(stages)]
-        if (
-            checkpoint.parent not in folders[: len(record.finished) + 1]
-            or not (checkpoint / TRAINER_STATE_NAME).is_file()
-        ):
+        if checkpoint.parent not in folders[: len(record.finished) + 1] or not checkpoint.is_dir():
             raise ValueError(
                 f"{checkpoint} is no checkpoint of the run in {record.folder}; expected {folders[0]}/checkpoint-N, "
                 "or `True` for the last one."
             )
+        if wrong := damage(checkpoint):
+            raise ValueError(f"{checkpoint} is half-written: {wrong}; pass `True` for the last complete checkpoint.")
         record.finished = record.finished[: folders.index(checkpoint.parent)]
         return checkpoint
 
@@ -366,7 +430,7 @@ class VPNsTrainer(Trainer):
         self.model._ddp_params_and_buffers_to_ignore = [
             names[id(mask)] for mask in self.model.masks().values() if id(mask) in names
         ]
-        with self._stage_arguments(stage, folder, is_last=stage is stages[-1]):
+        with self._stage_arguments(stage, folder, is_last=stage is stages[-1]), self._signals:
             output = self._run(stage, checkpoint, **kwargs)
             self.model = self.model_wrapped = self._unwrapped()
             # States change between stages, which a sharded model cannot follow.
@@ -377,19 +441,26 @@ class VPNsTrainer(Trainer):
                 self.refresh_label_mapping(final=True)
                 self.model.freeze_masks()
             evaluation = {} if self.eval_dataset is None else self.evaluate()
-        record.finished.append(FinishedStage(stage.name, self.state.global_step, evaluation, cost))
-        self._keep(folder, record)
-        self._announce(index, stage, stages, evaluation)
+            record.finished.append(FinishedStage(stage.name, self.state.global_step, evaluation, cost))
+            self._keep(folder, record)
+            self._announce(index, stage, stages, evaluation)
+            if self.was_asked_to_stop():
+                self._leave(f"after the stage {stage.name}")
         return output
 
     def _run(self, stage: Stage, checkpoint: Path | None, **kwargs: Any) -> TrainOutput:
         if stage.roles:
-            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+            output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+            if checkpoint and self.state.global_step == self._initial_global_step:
+                logger.warning("No step of the stage %s is left after %s, so none is trained.", stage.name, checkpoint)
+            return output
         self.state = TrainerState()
         return TrainOutput(0, math.nan, {})
 
     def _cost(self) -> Cost:
-        counted = {name: value for name, value in vars(self.counters).items() if name != "flips"}
+        counted = {
+            name: vars(self.counters)[name] for name in ("images", "forward_images", "backward_images", "seconds")
+        }
         by_role = self.model.parameters_by_role()
         trained = sum(parameter.numel() for role in self.stage.roles for parameter in by_role[role].values())
         if "weights" in self.stage.roles:
@@ -534,10 +605,11 @@ class VPNsTrainer(Trainer):
         """Save the stage's model and log, then record that it ended."""
         if self.args.should_save:
             temporary = folder / f"{MODEL_FOLDER}.tmp"
-            self.model.save_pretrained(temporary, packed=False)
-            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            shutil.rmtree(folder / MODEL_FOLDER, ignore_errors=True)
-            os.replace(temporary, folder / MODEL_FOLDER)
+            advice = "; its checkpoints are as they were, so make room and pass `resume_from_checkpoint=True`"
+            with writing(f"The model of the stage {self.stage.name}, {folder / MODEL_FOLDER},", temporary, advice):
+                self.model.save_pretrained(temporary, packed=False)
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+                publish_folder(temporary, folder / MODEL_FOLDER)
             record.save()
         self.accelerator.wait_for_everyone()
 
@@ -602,7 +674,7 @@ class VPNsTrainer(Trainer):
         loaded = type(self.model).from_pretrained(folder)
         # Copied, because tensors that are mapped from the file lie at other addresses, where kernels may sum in
         # another order.
-        self.model.become(copy.deepcopy(loaded).to(self.args.device))
+        self.model.become(copy.deepcopy(loaded).to(self.args.device, memory_format=_memory_format(self.model)))
 
     def _begin_label_mapping(self, checkpoint: Path | None) -> None:
         """Set the label mapping: as the checkpoint has it, else from the dense model's predictions."""
@@ -641,7 +713,97 @@ class VPNsTrainer(Trainer):
         self.model.eval()
         for batch in self.get_eval_dataloader(self.prompted_train_dataset):
             predicted = self.model.head_logits(batch["pixel_values"]).argmax(-1)
-            yield self.accelerator.gather_for_metrics((predicted, batch["labels"]))
+            labels = batch["labels"].argmax(-1) if batch["labels"].is_floating_point() else batch["labels"]
+            yield self.accelerator.gather_for_metrics((predicted, labels))
+
+    # Interruption ----------------------------------------------------------------------------------------------------
+
+    def was_asked_to_stop(self) -> bool:
+        """Whether Ctrl-C or SIGTERM came to any process; the same on all of them."""
+        if self._signals.received is not None:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
+    def _leave(self, where: str) -> NoReturn:
+        received = self._signals.received or signal.SIGTERM
+        if self.is_world_process_zero():
+            print(
+                f"Stopped by {received.name} {where}; everything is saved, and `resume_from_checkpoint=True` (in "
+                "recipes `--resume_from_checkpoint true`) goes on from there.",
+                flush=True,
+            )
+        leave(received)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer makes a step before it sees that none is left.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._has_saved = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.stopping and self._has_saved:
+            self._leave(f"after step {self.state.global_step} of the stage {self.stage.name}")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._check_finite()
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        self._keep_losses()
+        written = folder / UNFINISHED_CHECKPOINT / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        advice = "; earlier ones are as they were, so make room and pass `resume_from_checkpoint=True`"
+        with writing(f"The checkpoint of step {step} in {folder}", written.parent, advice):
+            with self._output_to(written.parent):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(folder / written.name)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+                publish_checkpoint(written, folder / written.name)
+                shutil.rmtree(written.parent)
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+        self.accelerator.wait_for_everyone()
+        self._has_saved = True
+
+    @contextmanager
+    def _output_to(self, folder: Path) -> Iterator[None]:
+        run_args, self.args = self.args, copy.copy(self.args)
+        self.args.output_dir = str(folder)
+        try:
+            yield
+        finally:
+            self.args = run_args
+
+    def _keep_losses(self) -> None:
+        """Put what was not logged yet into the checkpoint, so that a resumed run logs what this one would."""
+        counters = self.counters
+        counters.logged_step, counters.logged_loss = self._globalstep_last_logged, self._total_loss_scalar
+        counters.loss = self.accelerator.gather(self._tr_loss).mean().item()
+
+    def restore_losses(self) -> None:
+        """Go on summing the losses where the checkpoint stopped; Trainer calls this through the stage's callback."""
+        counters = self.counters
+        self._globalstep_last_logged, self._total_loss_scalar = counters.logged_step, counters.logged_loss
+        self._tr_loss += counters.loss
+
+    def _check_finite(self) -> None:
+        """Raise before a model that is ruined takes the place of a good one."""
+        for name, parameter in self.model.named_parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if parameter.requires_grad and not local.isfinite().all():
+                raise self._diverged(self.state.global_step, f"{name} is not finite")
+
+    def _diverged(self, step: int, what: str) -> FloatingPointError:
+        rate = "score_learning_rate" if "scores" in self.stage.roles else "learning_rate"
+        return FloatingPointError(
+            f"Training diverged at step {step} of the stage {self.stage.name}: {what}. Try a lower `{rate}`, "
+            "`max_grad_norm=1.0`, or bf16 instead of fp16; checkpoints of earlier steps are good."
+        )
 
     # What a stage trains ---------------------------------------------------------------------------------------------
 
@@ -730,10 +892,45 @@ class VPNsTrainer(Trainer):
         images = len(inputs["pixel_values"]) * self.args.world_size
         for name in ("images", "forward_images", "backward_images"):
             setattr(self.counters, name, getattr(self.counters, name) + images)
-        return super().training_step(model, inputs, *args, **kwargs)
+        try:
+            loss = super().training_step(model, self._mixed(inputs), *args, **kwargs)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                raise ValueError(self._single_image) from error
+            raise
+        if not loss.isfinite():
+            raise self._diverged(self.state.global_step + 1, f"the loss is {loss.item()}")
+        return loss
+
+    @property
+    def _single_image(self) -> str:
+        images, size = len(self.train_dataset), self._train_batch_size
+        return (
+            "BatchNorm cannot train on a batch of one image whose features are 1 x 1 pixels, and there is one in "
+            f"{images} images in batches of {size}; choose another `per_device_train_batch_size`, of at least 2."
+        )
+
+    def _mixed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch after MixUp or CutMix, one of them by chance where both are asked for."""
+        asked = [(v2.MixUp, self.args.mixup_alpha), (v2.CutMix, self.args.cutmix_alpha)]
+        mixers = [kind(alpha=alpha, num_classes=self.model.config.num_labels) for kind, alpha in asked if alpha > 0]
+        if not mixers:
+            return inputs
+        # A function of the images seen, so that a resumed run mixes the same ones.
+        key = [self.args.seed, self.stage_index, self.counters.images, self.args.process_index]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+            images, labels = v2.RandomChoice(mixers)(inputs["pixel_values"], inputs["labels"])
+        return {**inputs, "pixel_values": images, "labels": labels}
+
+    def _smoothed_loss(self, outputs: Any, labels: Tensor, **kwargs: Any) -> Tensor:
+        return F.cross_entropy(outputs.logits.float(), labels, label_smoothing=self.args.label_smoothing_factor)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the sparsity, the mask entries that changed since the last log and the prompt's largest value."""
+        if "train_loss" in logs:
+            # Trainer's own is that of the steps since the run was resumed.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         if "loss" in logs:
             logs["sparsity"] = self.model.sparsity
             if type(self.stage.masks) is not MaskSchedule:

@@ -98,6 +98,17 @@ class VPNsTrainingArguments(TrainingArguments):
         default=1e-2, metadata={"help": "Learning rate of the prompt in the tune stage."}
     )
     momentum: float = field(default=0.9, metadata={"help": "Momentum of the optimizer sgd."})
+    mixup_alpha: float = field(
+        default=0.0,
+        metadata={"help": "Parameter of MixUp of the training batches (arXiv 1710.09412), such as 0.2; 0: none."},
+    )
+    cutmix_alpha: float = field(
+        default=0.0,
+        metadata={
+            "help": "Parameter of CutMix of the training batches (arXiv 1905.04899), such as 1.0; 0: none. With both, "
+            "one of the two is drawn for every batch."
+        },
+    )
     prompt_mixing: str = field(
         default="alternate",
         metadata={"help": "Which batches are prompted: alternate (prompted and plain in turn), always or never."},
@@ -144,6 +155,16 @@ class VPNsTrainingArguments(TrainingArguments):
             raise ValueError(
                 "FSDP is asked for, but there is no GPU and accelerate has no FSDP on CPUs; launch with "
                 "`recipes/accelerate_configs/ddp_cpu.yaml`."
+            )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint` saves in the middle of a step; leave it out, because VPNsTrainer saves a "
+                "checkpoint at SIGTERM and Ctrl-C by itself, after the step."
+            )
+        if min(self.mixup_alpha, self.cutmix_alpha) < 0:
+            raise ValueError(
+                f"`mixup_alpha` is {self.mixup_alpha} and `cutmix_alpha` {self.cutmix_alpha}; expected at least 0, "
+                "which is off."
             )
         if self.calibration_images_per_class < 1:
             raise ValueError(

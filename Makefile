@@ -1,0 +1,36 @@
+# What can be run in a clone, one target each. `make test` makes the environment .venv that the others use.
+PYTHON = .venv/bin/python
+PROCESSES = 2
+
+.PHONY: help test test-slow test-distributed test-interruption test-lowest fuzz benchmarks lint
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+test: ## all tests but the slow ones, by the README's own command
+	bash -euo pipefail -c "$$(sed -n '/<!-- test -->/,/^```$$/p' README.md | sed -e '1,2d' -e '$$d')"
+
+test-slow: ## the slow tests
+	$(PYTHON) -m pytest -m slow -n $(PROCESSES)
+
+test-distributed: ## tests that launch several processes, slow ones too
+	$(PYTHON) -m pytest -m "slow or not slow" tests/test_distributed.py
+
+test-interruption: ## runs that are killed and resumed, slow ones too
+	$(PYTHON) -m pytest -m "slow or not slow" tests/test_interruption.py tests/test_faults.py
+
+test-lowest: ## all tests but the slow ones, with the lowest version of every direct dependency; needs uv
+	uv venv --python 3.11 .venv-lowest
+	uv pip install --python .venv-lowest --torch-backend cpu --resolution lowest-direct -e ".[test]"
+	.venv-lowest/bin/python -m pytest -n $(PROCESSES)
+
+fuzz: ## damaged packed files, 100,000 of them
+	$(PYTHON) -m pytest -m slow tests/test_storage.py
+
+benchmarks: ## every benchmark, one after the other
+	for file in $$(grep -l __main__ benchmarks/*.py); do $(PYTHON) $$file || exit 1; done
+
+lint: ## style and types; needs `pip install -e ".[quality]"`
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
