@@ -1,4 +1,4 @@
-"""The `vpns-hf` command, called in process; the Hub is played by a folder."""
+"""The `vpns-hf` command, called in process."""
 
 import json
 import os
@@ -7,15 +7,14 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, RepoUrl
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from hub_server import Fault
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import filter_repo_objects
 from models import tiny_backbone, tiny_model
 from PIL import Image as PILImage
@@ -263,29 +262,21 @@ def test_a_repository_is_fetched_without_what_is_not_published(folder, monkeypat
     }
 
 
-def http_error(kind, message):
-    response = SimpleNamespace(headers={}, status_code=404, request=None, text=message)
-    return kind(message, response=response)
+def test_a_repository_is_read_like_a_folder(hub, folder, capsys):
+    assert main(["push", str(folder), "me/days-90"]) == 0
+    capsys.readouterr()
+    found = []
+    for name in (str(folder), "me/days-90"):
+        assert main(["inspect", name, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (lambda: http_error(RepositoryNotFoundError, "404\nlong"), "there is no repository of that name"),
-        (lambda: http_error(HfHubHTTPError, "503 Service\nmore"), r"cannot be read from the Hub \(503 Service\)"),
-        (lambda: LocalEntryNotFoundError("offline\nmore"), r"cannot be read from the Hub \(offline\)"),
-    ],
-)
-def test_a_repository_that_cannot_be_read_is_one_sentence(error, message, monkeypatch, capsys):
-    def snapshot_download(*args, **kwargs):
-        raise error()
-
-    monkeypatch.setattr(cli, "snapshot_download", snapshot_download)
-    assert re.search(message, failure(["evaluate", "me/x", "--dataset_name", "cifar10"], capsys))
-
-
-def test_neither_a_folder_nor_a_repository(capsys):
-    assert "./nowhere/at/all is neither a folder nor the id" in failure(["inspect", "./nowhere/at/all"], capsys)
+def test_a_repository_that_cannot_be_read_is_one_sentence(hub, capsys):
+    assert "Could not read me/nothing: there is no such repository" in failure(["inspect", "me/nothing"], capsys)
+    assert "no local folder, and no Hub id" in failure(["inspect", "./nowhere/at/all"], capsys)
+    hub.faults.append(Fault())
+    assert "Could not read me/nothing" in failure(["inspect", "me/nothing"], capsys)
 
 
 # export --------------------------------------------------------------------------------------------------------------
@@ -334,32 +325,11 @@ def test_export_of_a_timm_backbone(tmp_path):
 # push ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """The calls that a push makes."""
-    calls = []
-
-    def create_repo(self, repo_id, **kwargs):
-        calls.append(("create_repo", repo_id, self.token, kwargs))
-        return RepoUrl(f"https://huggingface.co/{repo_id}")
-
-    def upload_folder(self, **kwargs):
-        calls.append(("upload_folder", kwargs))
-        return SimpleNamespace(commit_url="https://huggingface.co/commit/1", pr_url="https://huggingface.co/pr/1")
-
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    return calls
-
-
-def test_push_uploads_what_is_published_in_one_commit(folder, hub, capsys):
-    arguments = ["--private", "--token", "hf_x", "--commit_message", "First", "--revision", "next"]
-    assert main(["push", str(folder), "me/days-90", *arguments]) == 0
-    created, (_, upload) = hub
-    assert created == ("create_repo", "me/days-90", "hf_x", {"private": True, "exist_ok": True})
-    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    pushed = set(filter_repo_objects(files, allow_patterns=upload["allow_patterns"]))
-    assert pushed == {
+def test_push_uploads_what_is_published_in_one_commit(hub, folder, capsys):
+    (folder / "optimizer.pt").write_bytes(b"pickle")
+    assert main(["push", str(folder), "me/days-90", "--private", "--commit_message", "First"]) == 0
+    assert "me/days-90" in capsys.readouterr().out
+    assert set(hub.files("me/days-90")) == {
         "README.md",
         "config.json",
         "figures/prompt.png",
@@ -368,25 +338,22 @@ def test_push_uploads_what_is_published_in_one_commit(folder, hub, capsys):
         "recipe.yaml",
         "sparsity_report.json",
     }
-    assert (upload["commit_message"], upload["revision"], upload["create_pr"]) == ("First", "next", False)
-    assert capsys.readouterr().out == "https://huggingface.co/commit/1\n"
+    repository = hub.repositories["models", "me/days-90"]
+    assert repository.private
+    assert repository.refs["refs/heads/main"].title == "First"
+    (folder / "sparsity_report.json").write_text('{"layers": []}')
     assert main(["push", str(folder), "me/days-90", "--create_pr"]) == 0
-    assert capsys.readouterr().out == "https://huggingface.co/pr/1\n"
-    assert hub[2][3]["private"] is None
+    assert "refs/pr/1" in repository.refs
 
 
 def test_push_of_nothing_touches_no_repository(tmp_path, hub, capsys):
     assert "holds no saved model" in failure(["push", tmp_path, "me/x"], capsys)
     assert "holds no saved model" in failure(["push", tmp_path / "missing", "me/x"], capsys)
-    assert hub == []
+    assert not hub.repositories
 
 
-def test_push_that_is_refused_is_one_sentence(folder, monkeypatch, capsys):
-    def create_repo(*args, **kwargs):
-        raise http_error(HfHubHTTPError, "401 Unauthorized\nmore")
-
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    assert "The Hub refused to take me/x (401 Unauthorized)" in failure(["push", folder, "me/x"], capsys)
+def test_push_that_is_refused_is_one_sentence(hub, folder, capsys):
+    assert "Could not push to you/days" in failure(["push", folder, "you/days"], capsys)
 
 
 # evaluate ------------------------------------------------------------------------------------------------------------
