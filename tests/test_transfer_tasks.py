@@ -243,6 +243,22 @@ def test_a_data_set_of_ones_own(backbone, tmp_path):
     assert trainer.model.config.id2label == {0: "ant", 1: "water lily"}
 
 
+def test_resized_copies_train_as_the_images_do(backbone, tmp_path):
+    """The same losses, and the same test metrics, from the copies; what the recipe's other settings do is kept."""
+    write_data_set(tmp_path / "data", "dtd")
+    found = {}
+    for cached in (False, True):
+        data_args = DataArguments(
+            str(tmp_path / "data"), cache_images=cached, augmentation="trivialaugment", fraction=0.5
+        )
+        run, args = experiment(backbone, tmp_path / str(cached), data_args)
+        trainer = run.trainer(args)
+        trainer.train()
+        found[cached] = (len(run.splits["train"]), trainer.evaluate(run.eval_split("test"))["eval_loss"])
+    assert found[True] == found[False]
+    assert found[True][0] == 18
+
+
 def test_duplicates_are_reported_on_request(backbone, tmp_path, caplog):
     files = [image_file(0, "PNG RGB"), *(image_file(i, "PNG RGB") for i in range(39))]
     features = Features({"image": datasets.Image(), "label": ClassLabel(2)})
