@@ -1,0 +1,60 @@
+"""What the benchmarks share: callables timed in turns, the machine in one line, Markdown tables."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def time_in_turns(actions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each of `repeats` calls of every action, taken in turns after one call each that does not count.
+
+    A machine that slows down for a while then slows down all of them.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in actions}
+    for repeat in range(repeats + 1):
+        for name, action in actions.items():
+            gc.collect()
+            start = time.perf_counter()
+            result = action()
+            elapsed = time.perf_counter() - start
+            # Freed before the next one starts, outside of the time.
+            del result
+            if repeat:
+                samples[name].append(elapsed)
+    return samples
+
+
+def machine() -> str:
+    """Processor, threads and versions, and how busy the machine is with other work."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return (
+        f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}; load average {os.getloadavg()[0]:.1f}"
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def write_results(name: str, sections: Sequence[str]) -> None:
+    """Print the sections of a report and write them to `benchmarks/results/<name>.md`."""
+    text = "\n\n".join(sections) + "\n"
+    print(text)
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
