@@ -212,12 +212,11 @@ def test_threads_do_not_matter(file):
     assert_round_trip(file, tensors, masks)
 
 
-@pytest.mark.parametrize("sparsity", [0, 0.5, 0.75, 0.95])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
-def test_many_large_masks_fit_the_room_for_the_header(file, dtype, sparsity):
+def test_the_header_of_many_large_masks_fits_its_room(file):
+    """Offsets here take as many digits as the longest that the room is reckoned for."""
     tensors, masks = {}, {}
-    for index in range(12):
-        tensors[f"w{index}"], masks[f"w{index}"] = masked((2**16,), sparsity, dtype)
+    for index in range(48):
+        tensors[f"w{index}"], masks[f"w{index}"] = masked((103_000,), 0.25, torch.uint8)
     assert_round_trip(file, tensors, masks)
 
 
@@ -453,7 +452,6 @@ def test_files_by_hand_are_as_the_library_writes_them(file):
         ("bits", b"\xe0", (1, 2), (3,), "2 values and a mask that keeps 3"),
         ("bits", b"\x80", (1, 2), (3,), "2 values and a mask that keeps 1"),
         ("bits", b"\xe0", (1, 2, 3, 4), (3,), "more values than entries"),
-        ("bits", b"\xa0", (1, float("nan")), (3,), "kept values that are NaN"),
         ("bits", b"\xa0", (1, 2), (2**40,), "mask of 1 bytes, which does not fit"),
         ("dense", b"", (1, 2), (3,), "stored dense"),
         ("dense", b"\0", (1, 2), (2,), "stored dense"),
@@ -481,6 +479,11 @@ def test_masks_that_do_not_fit_are_refused(file, coding, payload, values, shape,
     by_hand(file, coding, payload, values, shape)
     _, peak = peak_memory(lambda: assert_refused(file, f"(?s)'w'.*{message}"))
     assert peak < 2**20
+
+
+def test_kept_values_in_a_file_are_never_nan(file):
+    by_hand(file, values=(1, float("nan")))
+    assert_refused(file, "'w' has kept values that are NaN")
 
 
 def edited(*keys, value):
