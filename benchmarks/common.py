@@ -1,13 +1,14 @@
-"""What the benchmarks share: runs that take turns, the machine's name, and the table."""
+"""What the benchmarks share: callables timed in turns, the machine in one line, Markdown tables."""
 
 from __future__ import annotations
 
+import gc
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -17,23 +18,37 @@ from vpns_hf.report import markdown_table
 
 logging.disable_progress_bar()
 
-RESULTS = Path(__file__).parent / "results"
 
+def time_in_turns(actions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each of `repeats` calls of every action, taken in turns after one call each that does not count.
 
-def take_turns(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every run, each called once to warm up and then once in every one of `repeats` rounds.
-
-    Taking turns spreads what else the machine does over all of them.
+    A machine that slows down for a while then slows down all of them.
     """
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
+    samples: dict[str, list[float]] = {name: [] for name in actions}
+    for repeat in range(repeats + 1):
+        for name, action in actions.items():
+            gc.collect()
+            start = time.perf_counter()
+            result = action()
+            elapsed = time.perf_counter() - start
+            # Freed before the next one starts, outside of the time.
+            del result
+            if repeat:
+                samples[name].append(elapsed)
+    return samples
+
+
+def machine() -> str:
+    """Processor, threads and versions, and how busy the machine is with other work."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return (
+        f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}; load average {os.getloadavg()[0]:.1f}"
+    )
 
 
 def ratio_cells(seconds: Sequence[float], reference: Sequence[float]) -> tuple[str, str]:
@@ -42,32 +57,26 @@ def ratio_cells(seconds: Sequence[float], reference: Sequence[float]) -> tuple[s
     return f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f} to {max(ratios):.3f}"
 
 
-def machine() -> str:
-    """Processor, threads and versions."""
-    model = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor() or platform.machine(),
-    )
-    return (
-        f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}"
-    )
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    return markdown_table(head, [[str(cell) for cell in row] for row in rows])
 
 
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
+def write_results(name: str, sections: Sequence[str]) -> None:
+    """Print the sections of a report and write them to `benchmarks/results/<name>.md`."""
+    text = "\n\n".join(sections) + "\n"
+    print(text)
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 
-def write_table(name: str, about: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print the table and write it to `results/<name>.md`, with what it is and the machine it was measured on.
+def write_table(name: str, about: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a report of one table.
 
     Args:
         name: of the benchmark.
         about: its module's docstring.
-        columns, rows: the table.
+        head, rows: the table.
     """
-    table = markdown_table(columns, rows)
-    print(table, flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    text = f"# {name}\n\n{about.strip()}\n\nMeasured on: {machine()}.\n\n{table}\n"
-    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    write_results(name, [f"# {name.capitalize()}", about.strip(), f"Machine: {machine()}.", table(head, rows)])

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ratio_cells, take_turns, write_table
+from common import ratio_cells, time_in_turns, write_table
 from models import VITS, wrap
 
 from vpns_hf import PromptedSparseModel
@@ -69,7 +69,7 @@ def refresh_against_kth_value(model: PromptedSparseModel, repeats: int) -> tuple
         threshold = everything.kthvalue(everything.numel() - kept).values
 
     move(model)
-    seconds = take_turns({"refresh": model.update_masks, "kth value": kth_value}, repeats)
+    seconds = time_in_turns({"refresh": model.update_masks, "kth value": kth_value}, repeats)
     masks = model.masks().values()
     if not all((score.abs()[mask] >= threshold).all() for score, mask in zip(scores, masks, strict=True)):
         raise AssertionError("The refreshed mask keeps a score below the k-th value.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from common import ratio_cells, take_turns, write_table
+from common import ratio_cells, time_in_turns, write_table
 from models import CLASSES, VITS, wrap
 
 from vpns_hf.scores import score_weights
@@ -47,7 +47,7 @@ def main() -> None:
         name: lambda name=name: score_weights(name, model, batches[:1] if name == "synflow" else batches)
         for name in TARGETS
     }
-    seconds = take_turns(runs, args.repeats)
+    seconds = time_in_turns(runs, args.repeats)
     one_batch = [value / args.batches for value in seconds["pass"]]
     rows = [
         (name, target, *ratio_cells(seconds[name], one_batch if name == "synflow" else seconds["pass"]))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ratio_cells, take_turns, write_table
+from common import ratio_cells, time_in_turns, write_table
 from models import CLASSES, SPARSITY, VITS, resnet18, wrap
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -134,7 +134,7 @@ def training_rows(name: str, setting: Setting, repeats: int) -> list[tuple[str, 
         "released": released_step(copy.deepcopy(backbone), batch, copy.deepcopy(searched.prompt)),
         "tune": training_step(tuned, batch, tuned.zero_masked_weights, prompts=True),
     }
-    seconds = take_turns(steps, repeats)
+    seconds = time_in_turns(steps, repeats)
     what = f"{name}, batch {setting.batch_size}"
     return [
         ("search step / dense step", what, "1.02", *ratio_cells(seconds["search"], seconds["dense"])),
@@ -155,7 +155,7 @@ def inference_rows(name: str, setting: Setting, repeats: int, folder: Path) -> l
     for size in (1, 32):
         images = torch.randn(size, 3, 224, 224)
         with torch.inference_mode():
-            seconds = take_turns({"dense": lambda: backbone(images), "loaded": lambda: loaded(images)}, 2 * repeats)  # noqa: B023
+            seconds = time_in_turns({"dense": lambda: backbone(images), "loaded": lambda: loaded(images)}, 2 * repeats)  # noqa: B023
         rows.append(
             (
                 "inference / dense inference",

@@ -13,7 +13,7 @@ import copy
 import tempfile
 
 import torch
-from common import ratio_cells, take_turns, write_table
+from common import ratio_cells, time_in_turns, write_table
 from models import CLASSES, VITS, wrap
 from torch.utils.data import Dataset
 
@@ -50,7 +50,7 @@ def main() -> None:
         "trainer": lambda: with_trainer(copy.deepcopy(model), images, args),
         "loop": lambda: bare_loop(copy.deepcopy(model), images, args),
     }
-    seconds = take_turns(runs, args.repeats)
+    seconds = time_in_turns(runs, args.repeats)
     row = (
         args.model,
         str(args.steps),

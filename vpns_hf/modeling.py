@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import logging
 import os
 import tempfile
@@ -14,7 +13,6 @@ from typing import Any, Self, cast
 
 import torch
 from huggingface_hub import CommitInfo, ModelCard
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -30,15 +28,9 @@ from transformers import (
     TimmWrapperImageProcessor,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import (
-    CONFIG_NAME,
-    IMAGE_PROCESSOR_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    cached_file,
-)
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, cached_file
 
-from . import masking, sharding, storage
+from . import checkpoint, masking, sharding
 from .configuration import PromptedSparseConfig
 from .hub import CARD_NAME, clear_errors, full_repo_id, pinned_revision, push_folder, short_card
 from .label_mapping import get_label_mapping
@@ -47,6 +39,7 @@ from .sparsity import SparsityReport, measure_sparsity
 
 logger = logging.getLogger(__name__)
 
+PROMPT_TENSORS = ("prompt", "label_matrix")
 ROLES = ("scores", "prompt", "head", "weights")
 PROMPT_FIELDS = ("prompt", "prompt_size", "prompt_inner_size", "image_size", "image_mean", "image_std", "use_prompt")
 
@@ -267,24 +260,49 @@ class PromptedSparseModel(PreTrainedModel):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
-            super().save_pretrained(name, **kwargs)
+            if packed or (packed is None and self.config.state == "frozen"):
+                self._save_packed(name, **kwargs)
+            else:
+                super().save_pretrained(name, **kwargs)
             if self.image_processor is not None and kwargs.get("is_main_process", True):
                 self.image_processor.save_pretrained(name)
-            weights = sorted(Path(name).glob("*.safetensors"))
-            if packed or (packed is None and self.config.state == "frozen"):
-                _pack(weights)
+            weights = list(Path(name).glob("*.safetensors"))
             # Processes other than the main one write no weights and must not remove those that it wrote.
             for stale in folder.glob("model*.safetensors*") if weights else ():
                 stale.unlink()
             for file in Path(name).iterdir():
                 os.replace(file, folder / file.name)
 
+    def _save_packed(
+        self,
+        folder: str,
+        state_dict: dict[str, Tensor] | None = None,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        save_original_format: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self._check_prompt()
+        # Everything but the weights; where this process is to write them, a file with one number stands for them.
+        super().save_pretrained(folder, state_dict={"placeholder": torch.zeros(1)}, **kwargs)
+        for placeholder in Path(folder).glob("*.safetensors"):
+            placeholder.unlink()
+            checkpoint.save_weights(
+                Path(folder),
+                self,
+                self.state_dict() if state_dict is None else state_dict,
+                max_shard_size=max_shard_size,
+                variant=variant,
+                save_original_format=save_original_format,
+            )
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Load a model saved by `save_pretrained`, packed or not; arguments as for any transformers model.
 
         Raises:
-            ValueError: a file is damaged, or does not hold the tensors that the configuration promises.
+            ValueError: a file is damaged, does not hold the tensors that the configuration promises, or holds NaN in
+                the prompt or in a kept weight of a packed file.
             OSError: there is no such model or revision, it is private, or the Hub cannot be reached.
         """
         name = str(pretrained_model_name_or_path)
@@ -297,16 +315,27 @@ class PromptedSparseModel(PreTrainedModel):
     @classmethod
     def _from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> Any:
         wants_info = kwargs.pop("output_loading_info", False)
-        files = _packed_files(name, kwargs)
-        if files:
-            kwargs["config"] = kwargs.get("config") or cls.config_class.from_pretrained(name, **_hub_kwargs(kwargs))
-            kwargs["state_dict"] = _unpack(files)
-        model, info = super().from_pretrained(None if files else name, *args, output_loading_info=True, **kwargs)
-        if wrong := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
+        files = checkpoint.find_packed_files(name, lambda file: _find_file(name, file, kwargs), kwargs.get("variant"))
+        # Tensors of another shape are refused below, by one error for all that is wrong.
+        kwargs["ignore_mismatched_sizes"] = True
+        with checkpoint.open_state_dict(files) as state_dict:
+            if files:
+                kwargs["config"] = kwargs.get("config") or cls.config_class.from_pretrained(
+                    name, **_hub_kwargs(kwargs)
+                )
+                kwargs["state_dict"] = state_dict
+            model, info = super().from_pretrained(None if files else name, *args, output_loading_info=True, **kwargs)
+        wrong = [
+            *(f"{key} is missing" for key in sorted(info["missing_keys"])),
+            *(f"{key} has shape {tuple(found)}" for key, found, _ in sorted(info["mismatched_keys"])),
+            *(f"{key} is unknown" for key in sorted(info["unexpected_keys"]) if files),
+        ]
+        if wrong:
             raise ValueError(
-                f"{name} does not hold the tensors that its config.json describes: {len(wrong)} are missing or have "
-                f"another shape, such as {wrong[0]}. The download may be incomplete."
+                f"{name} does not hold the tensors that its config.json describes: {len(wrong)} are missing, unknown "
+                f"or have another shape; {wrong[0]}. The download may be incomplete."
             )
+        model._check_prompt()
         model.name_or_path = model.config.name_or_path = name
         model._mask_gradients()
         if _find_file(name, IMAGE_PROCESSOR_NAME, kwargs):
@@ -384,6 +413,11 @@ class PromptedSparseModel(PreTrainedModel):
             prunable_weights=f"{total:,}",
             has_prompt=self.prompt is not None,
         )
+
+    def _check_prompt(self) -> None:
+        own = {name: tensor for name, tensor in self.state_dict().items() if name.split(".")[0] in PROMPT_TENSORS}
+        if broken := [name for name, tensor in own.items() if tensor.isnan().any()]:
+            raise ValueError(f"{broken[0]} of this model holds NaN; the run diverged, or its file is damaged.")
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
@@ -844,48 +878,6 @@ def _take_rows(tensor: Tensor, shape: torch.Size, rows: Tensor) -> Tensor:
         if current != target:
             return tensor.index_select(dim, rows)
     return tensor
-
-
-# Packed files --------------------------------------------------------------------------------------------------------
-
-
-def _pack(files: Sequence[Path]) -> None:
-    """Rewrite safetensors files, as transformers wrote them, with every masked weight packed."""
-    tensors = {file: load_file(file) for file in files}
-    everything = {name: tensor for content in tensors.values() for name, tensor in content.items()}
-    masks = {
-        name: everything[name + masking.MASK_SUFFIX]
-        for name in everything
-        if name + masking.MASK_SUFFIX in everything and everything[name + masking.MASK_SUFFIX].dtype == torch.bool
-    }
-    mask_buffers = {name + masking.MASK_SUFFIX for name in masks}
-    for file, content in tensors.items():
-        kept = {name: tensor for name, tensor in content.items() if name not in mask_buffers}
-        storage.save_packed(file, kept, {name: mask for name, mask in masks.items() if name in kept}, {"format": "pt"})
-
-
-def _unpack(files: Sequence[str]) -> dict[str, Tensor]:
-    """The state dictionary of packed files."""
-    state: dict[str, Tensor] = {}
-    for file in files:
-        tensors, masks, _ = storage.load_packed(file)
-        state |= tensors | {name + masking.MASK_SUFFIX: mask for name, mask in masks.items()}
-    return state
-
-
-def _packed_files(name: str, kwargs: Mapping[str, Any]) -> list[str]:
-    """The local paths of a model's weight files if they are packed, else none."""
-
-    def find(file: str) -> str | None:
-        return _find_file(name, file, kwargs)
-
-    if index := find(SAFE_WEIGHTS_INDEX_NAME):
-        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-        files = [find(shard) for shard in sorted(names)]
-    else:
-        files = [find(SAFE_WEIGHTS_NAME)]
-    found = [file for file in files if file is not None]
-    return found if found and storage.is_packed(found[0]) else []
 
 
 # Loading a backbone --------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ what the caller gave and two keys of ours: the packing version, and a JSON objec
 masked tensor.
 
 Reading trusts nothing: what the header says is checked against the size of the file, and what a payload decodes to
-against the header, before memory is taken for it.
+against the header, before memory is taken for it. Kept values of a masked tensor are never NaN, neither written nor
+read: a weight that was kept and is no number comes from a run that diverged or from a damaged file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ def save_packed(
     tensors: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     metadata: Mapping[str, str],
-) -> None:
+) -> dict[str, int]:
     """Write tensors to one safetensors file, those with a mask packed.
 
     Tensor by tensor: the memory taken is that of the largest tensor at most, and as much again where it has to be
@@ -93,20 +94,24 @@ def save_packed(
         masks: bool tensors, True where the entry is kept, for some of these names and of the same shapes.
         metadata: free text by key; it is not coded.
 
+    Returns:
+        The bytes of every stored array, by its name in the file.
+
     Raises:
-        ValueError: a pruned entry is not zero, a mask fits no tensor, or a name, dtype or key cannot be stored.
-            Nothing is written then.
+        ValueError: a pruned entry is not zero, a kept one is NaN, a mask fits no tensor, or a name, dtype or key
+            cannot be stored. Nothing is written then.
         OSError: the file cannot be written, as on a full disk; what was at `path` before is untouched.
     """
     _check_savable(tensors, masks, metadata)
     temporary = Path(path).with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
-            _write(file, tensors, masks, metadata)
+            sizes = _write(file, tensors, masks, metadata)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    return sizes
 
 
 def load_packed(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
@@ -120,21 +125,11 @@ def load_packed(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
         PackedFormatError: the file was cut short, changed, made by hand, or packed by a newer version.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
-        with _blaming(f"{os.fspath(path)} is no packed file of vpns_hf that can be read:"):
-            header = _read_header(file)
-            layout = _read_layout(header)
-        reader = _Reader(file, header, layout)
-
-        def read(name: str) -> tuple[Tensor, Tensor | None]:
-            with _blaming(f"{os.fspath(path)} is damaged: tensor {name!r}"):
-                return reader.read_tensor(name)
-
-        with ThreadPoolExecutor(_threads()) as pool:
-            found = dict(zip(layout.names, pool.map(read, layout.names), strict=True))
+    with PackedFile(path) as file, ThreadPoolExecutor(threads()) as pool:
+        found = dict(zip(file.names, pool.map(file.read, file.names), strict=True))
     tensors = {name: tensor for name, (tensor, _) in found.items()}
-    masks = {name: mask for name in layout.packed if (mask := found[name][1]) is not None}
-    return tensors, masks, layout.metadata
+    masks = {name: mask for name in file.masked if (mask := found[name][1]) is not None}
+    return tensors, masks, file.metadata
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
@@ -145,14 +140,22 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
     """
     with open(path, "rb") as file:
         try:
-            header = _parse_json(_read_header_bytes(file), "header")
-        except ValueError:
+            header = json.loads(_read_header_bytes(file))
+        except (ValueError, RecursionError):
             return False
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     return isinstance(metadata, dict) and VERSION_KEY in metadata
 
 
-def _threads() -> int:
+def largest_packed_size(tensor: Tensor, mask: Tensor | None) -> int:
+    """Bytes that a tensor takes at most in a packed file, its header aside."""
+    if mask is None:
+        return tensor.nbytes
+    return int(mask.count_nonzero()) * tensor.itemsize + (mask.numel() + 7) // 8
+
+
+def threads() -> int:
+    """How many tensors are packed or unpacked at a time: as many as torch uses threads, up to 8."""
     # Nearly all of the time goes into zlib and numpy, which let other threads run.
     return min(torch.get_num_threads(), _MAX_THREADS)
 
@@ -365,9 +368,9 @@ def _flat_mask(mask: Tensor) -> np.ndarray:
 
 def _encoded(masks: Mapping[str, Tensor], pool: Executor) -> Iterator[tuple[str, str, bytes]]:
     """Name, coding and payload of each mask, a few at a time."""
-    names, threads = list(masks), _threads()
-    for start in range(0, len(names), threads):
-        batch = names[start : start + threads]
+    names, width = list(masks), threads()
+    for start in range(0, len(names), width):
+        batch = names[start : start + width]
         found = pool.map(lambda name: _shortest_coding(_flat_mask(masks[name])), batch)
         yield from ((name, *coded) for name, coded in zip(batch, found, strict=True))
 
@@ -379,7 +382,7 @@ class _Span(NamedTuple):
 
 def _write(
     file: BinaryIO, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
+) -> dict[str, int]:
     kept = {name: int(np.count_nonzero(_flat_mask(mask))) for name, mask in masks.items()}
 
     def header(spans: Mapping[str, _Span], codings: Mapping[str, str]) -> bytes:
@@ -388,7 +391,7 @@ def _write(
     # The payloads are only known once written, so the header goes into room left for the longest one there could be.
     size = sum(tensor.nbytes + tensor.numel() for tensor in tensors.values())
     blobs = [*tensors, *(name + MASK_SUFFIX for name in masks)]
-    room = len(header(dict.fromkeys(blobs, _Span(size, size)), dict.fromkeys(masks, max(CODINGS, key=len))))
+    room = len(header(dict.fromkeys(blobs, _Span(size, 2 * size)), dict.fromkeys(masks, max(CODINGS, key=len))))
     room += -room % 8
     if room > _MAX_HEADER:
         raise ValueError(f"The names and metadata take {room} bytes; a packed file has room for {_MAX_HEADER}.")
@@ -401,7 +404,7 @@ def _write(
             file.write(piece)
         spans[name] = _Span(start - data_start, file.tell() - data_start)
 
-    with ThreadPoolExecutor(_threads()) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         # Large items first keeps every tensor aligned to its own item size, which readers that map the file rely on.
         for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):
             if name in masks:
@@ -412,6 +415,7 @@ def _write(
             write(name + MASK_SUFFIX, [payload])
     file.seek(0)
     file.write(room.to_bytes(8, "little") + header(spans, codings).ljust(room))
+    return {name: span.stop - span.start for name, span in spans.items()}
 
 
 def _header_bytes(
@@ -445,6 +449,11 @@ def _kept_values(name: str, tensor: Tensor, mask: Tensor, pool: Executor) -> Ite
                 f"Tensor {name!r} is not zero in every entry that its mask prunes, and what is there would be lost; "
                 "write zeros first with `tensor.masked_fill_(~mask, 0)`."
             )
+        if _any_nan(kept, tensor.dtype):
+            raise ValueError(
+                f"Tensor {name!r} holds NaN in entries that its mask keeps, so it cannot be packed; the run diverged. "
+                "To look at the model, save it with `packed=False`."
+            )
         return kept.data
 
     return pool.map(gather, range(0, bits.size, _CHUNK))
@@ -453,9 +462,17 @@ def _kept_values(name: str, tensor: Tensor, mask: Tensor, pool: Executor) -> Ite
 def _all_zero(bits: np.ndarray, dtype: torch.dtype) -> bool:
     if not (dtype.is_floating_point or dtype.is_complex):
         return not bits.any()
+    return not (_numbers(bits, dtype) != 0).any()
+
+
+def _any_nan(bits: np.ndarray, dtype: torch.dtype) -> bool:
+    return (dtype.is_floating_point or dtype.is_complex) and bool(_numbers(bits, dtype).isnan().any())
+
+
+def _numbers(bits: np.ndarray, dtype: torch.dtype) -> Tensor:
     values = torch.from_numpy(bits).view(dtype)
     # Types of one byte cannot be compared; as float32 they keep their values.
-    return not ((values.float() if dtype.itemsize == 1 else values) != 0).any()
+    return values.float() if dtype.itemsize == 1 else values
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -493,7 +510,7 @@ class _Layout:
 
 
 @contextmanager
-def _blaming(subject: str) -> Iterator[None]:
+def blaming(subject: str) -> Iterator[None]:
     """Turn what the checks raise into the one exception of this module, its message begun with `subject`."""
     try:
         yield
@@ -501,9 +518,18 @@ def _blaming(subject: str) -> Iterator[None]:
         raise PackedFormatError(f"{subject} {error}") from error
 
 
-def _parse_json(text: bytes, what: str, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def parse_json(text: bytes, what: str) -> Any:
+    """A JSON document from outside.
+
+    Args:
+        text: the document.
+        what: what it is, for the messages.
+
+    Raises:
+        ValueError: it is no JSON, or an object in it names a key twice.
+    """
     try:
-        return json.loads(text.decode(), object_pairs_hook=hook)
+        return json.loads(text.decode(), object_pairs_hook=_without_duplicates)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError(f"its {what} is no sound JSON.") from None
 
@@ -528,13 +554,15 @@ def _read_header_bytes(file: BinaryIO) -> bytes:
 
 
 def _read_header(file: BinaryIO) -> _Header:
-    claims = _parse_json(_read_header_bytes(file), "header", _without_duplicates)
+    claims = parse_json(_read_header_bytes(file), "header")
     metadata = claims.pop("__metadata__", None) if isinstance(claims, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("its header has no metadata.")
-    if metadata.get(VERSION_KEY) != VERSION:
+    if VERSION_KEY not in metadata:
+        raise ValueError("it is an ordinary safetensors file, which nothing has packed.")
+    if metadata[VERSION_KEY] != VERSION:
         raise ValueError(
-            f"its packing version is {metadata.get(VERSION_KEY)!r} and this release reads {VERSION!r}; upgrade "
+            f"its packing version is {metadata[VERSION_KEY]!r} and this release reads {VERSION!r}; upgrade "
             "vpns_hf, as with `pip install -U vpns-hf`."
         )
     data_start, file_size = file.tell(), os.fstat(file.fileno()).st_size
@@ -582,7 +610,7 @@ def _check_coverage(entries: Mapping[str, _Entry], data_start: int, file_size: i
 
 
 def _read_layout(header: _Header) -> _Layout:
-    layout = _parse_json(header.metadata.get(LAYOUT_KEY, "").encode(), LAYOUT_KEY, _without_duplicates)
+    layout = parse_json(header.metadata.get(LAYOUT_KEY, "").encode(), LAYOUT_KEY)
     if not isinstance(layout, dict) or set(layout) != {"metadata", "packed"} or not isinstance(layout["packed"], dict):
         raise ValueError(f"its {LAYOUT_KEY} is malformed.")
     keys = layout["metadata"]
@@ -634,23 +662,72 @@ class _Arena:
         return taken.view(f"u{itemsize}")
 
 
-class _Reader:
-    """Reads tensors of an open file, also from several threads."""
+class PackedFile:
+    """An open packed file, its header read and checked; a context manager.
 
-    def __init__(self, file: BinaryIO, header: _Header, layout: _Layout):
-        self._file = file
-        self._header = header
-        self._layout = layout
+    Tensors are read one at a time, also from several threads.
+
+    Args:
+        path: a file that [`save_packed`] wrote.
+
+    Attributes:
+        names: the tensors, in the order in which they were given.
+        masked: those of them that have a mask, in the order of the masks.
+        metadata: what was given.
+
+    Raises:
+        PackedFormatError: the header was cut short, changed, made by hand, or written by a newer version.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._path = os.fspath(path)
+        self._file = open(path, "rb")  # noqa: SIM115
+        try:
+            with blaming(f"{self._path} is no packed file of vpns_hf that can be read:"):
+                self._header = _read_header(self._file)
+                self._layout = _read_layout(self._header)
+        except BaseException:
+            self._file.close()
+            raise
         self._lock = Lock()
         # Apart, so that dropping all masks frees their memory.
         self._items, self._masks = _Arena(), _Arena()
+        self.names, self.masked, self.metadata = self._layout.names, self._layout.packed.keys(), self._layout.metadata
 
-    def read_tensor(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """A tensor and its mask, or None where it has no mask.
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    @property
+    def stored_names(self) -> list[str]:
+        """The names in the file, as any reader of safetensors sees them: a mask is an array of its own."""
+        return list(self._header.entries)
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of a tensor, unpacked."""
+        packed = self._layout.packed.get(name)
+        return torch.Size(packed.shape if packed else self._header.entries[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor."""
+        return self._header.entries[name].dtype
+
+    def read(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """A tensor, dense, contiguous and on the CPU, and its mask, or None where it has no mask.
 
         Raises:
-            ValueError: what is stored is not what the header says.
+            PackedFormatError: what is stored is not what the header says.
         """
+        with blaming(f"{self._path} is damaged: tensor {name!r}"):
+            try:
+                return self._read(name)
+            except MemoryError:
+                raise ValueError(f"has the shape {tuple(self.shape(name))}, for which there is no memory.") from None
+
+    def _read(self, name: str) -> tuple[Tensor, Tensor | None]:
         entry = self._header.entries[name]
         if name not in self._layout.packed:
             return _as_tensor(self._read_items(entry, 0, math.prod(entry.shape)), entry.dtype, entry.shape), None
@@ -661,7 +738,10 @@ class _Reader:
         pieces = packed.coding.decode(payload, total, kept)
         items, mask, used = self._items.zeros(total, entry.dtype.itemsize), self._masks.zeros(total, 1), 0
         for positions in pieces:
-            items[positions] = self._read_items(entry, used, positions.size)
+            values = self._read_items(entry, used, positions.size)
+            if _any_nan(values, entry.dtype):
+                raise ValueError("has kept values that are NaN.")
+            items[positions] = values
             mask[positions] = 1
             used += positions.size
         return _as_tensor(items, entry.dtype, packed.shape), _as_tensor(mask, torch.bool, packed.shape)
@@ -672,7 +752,7 @@ class _Reader:
         data = np.empty(count * size, dtype=np.uint8)
         with self._lock:
             self._file.seek(entry.start + first * size)
-            length = self._file.readinto(data.data)  # type: ignore[attr-defined]
+            length = self._file.readinto(data.data)
         if length != data.size:
             raise ValueError("is cut short.")
         if entry.dtype == torch.bool and (data > 1).any():
