@@ -16,7 +16,7 @@ from hub_server import Fault
 from huggingface_hub import HfApi, ModelCard
 from models import tiny_model
 from PIL import Image
-from test_recipe import run, task  # noqa: F401
+from test_recipe import run, task, write  # noqa: F401
 from test_trainer import fresh, make_trainer
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor, pipeline
 from transformers.utils.hub import PushInProgress
@@ -178,13 +178,13 @@ def test_pull_requests_of_others(hub, monkeypatch):
     assert_equal(PromptedSparseModel.from_pretrained("me/pruned", revision="refs/pr/1"), yours)
 
 
-def test_private_repositories(hub, monkeypatch):
+def test_private_repositories(hub, tmp_path, monkeypatch):
     model = pruned()
     model.push_to_hub("me/secret", private=True)
     assert_equal(PromptedSparseModel.from_pretrained("me/secret"), model)
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "elsewhere")
-    refuses(pull("me/secret", cache_dir="nowhere"), "there is no such repository, or it is private", "hf auth login")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    refuses(pull("me/secret"), "there is no such repository, or it is private", "hf auth login")
     refuses(pull("me/secret", token="hf_you"), "it is private and the token does not open it")
     refuses(pull("me/secret", token="hf_typo"), "Could not load me/secret")
     refuses(lambda: model.push_to_hub("me/secret"), "refused (401)", "hf auth login")
@@ -240,11 +240,11 @@ def test_a_map_of_devices(hub, tmp_path):
             )
 
 
-def test_a_repository_that_was_deleted(hub):
+def test_a_repository_that_was_deleted(hub, tmp_path):
     model = pruned()
     model.push_to_hub("me/pruned")
     HfApi().delete_repo("me/pruned")
-    refuses(pull("me/pruned", cache_dir="nowhere"), "there is no such repository")
+    refuses(pull("me/pruned", cache_dir=tmp_path / "empty"), "there is no such repository")
     model.push_to_hub("me/pruned")
     assert len(hub.history("me/pruned")) == 2
 
@@ -509,6 +509,40 @@ def test_a_recipe_pushes_a_complete_folder(hub, task):  # noqa: F811
     assert 'from_pretrained("me/recipe")' in card
     assert "## Results" in card
     assert "hf_me" not in "".join(data.decode(errors="ignore") for data in hub.files("me/recipe").values())
+
+
+@pytest.mark.slow
+def test_two_processes_push_once(hub, task):  # noqa: F811
+    settings = dict(
+        model_name_or_path="./backbone",
+        dataset_name="./data",
+        output_dir="./out",
+        method="vpns",
+        prompt_size=4,
+        max_steps=2,
+        search_max_steps=2,
+        per_device_train_batch_size=5,
+        save_strategy="steps",
+        save_steps=1,
+        push_to_hub=True,
+        hub_model_id="me/recipe",
+        hub_strategy="every_save",
+        hub_always_push=True,
+        references=[],
+        report_to="none",
+        use_cpu=True,
+    )
+    script = Path(__file__).parents[1] / "recipes" / "prune_vit.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*launch, str(script), "--config", str(write(task, **settings))], cwd=task, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    titles = [commit.title for commit in hub.history("me/recipe")]
+    assert titles[0] == "End of training"
+    assert len(titles) == len(set(titles)) == 8  # warm-up, search and tune of two steps each
+    assert {"README.md", "model.safetensors", "recipe.yaml", "figures/training.png"} <= set(hub.files("me/recipe"))
+    assert PromptedSparseModel.from_pretrained("me/recipe").config.state == "frozen"
 
 
 # The documentation ---------------------------------------------------------------------------------------------------
