@@ -9,14 +9,12 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .hub import BEGIN, END, TAGS, merge_cards
 from .report import Result, markdown_table, percent, results_markdown
 from .sparsity import SparsityReport
 from .version import __version__
 
 TEMPLATE = "template.md"
-TAGS = ("vpns_hf", "pruning", "sparsity", "visual-prompting", "image-classification")
-# What lies between these lines is written anew; what people wrote around them stays.
-BEGIN, END = "<!-- vpns_hf: begin -->", "<!-- vpns_hf: end -->"
 
 
 @dataclass(frozen=True)
@@ -141,19 +139,5 @@ class SubnetworkCard:
         """
         path, card = Path(path), self.render()
         if path.is_file():
-            card = _merged(ModelCard.load(path), card)
+            card = merge_cards(ModelCard.load(path), card)
         card.save(path)
-
-
-def _merged(old: ModelCard, new: ModelCard) -> ModelCard:
-    metadata = old.data.to_dict() | new.data.to_dict()
-    tags = [*(old.data.to_dict().get("tags") or []), *TAGS]
-    metadata["tags"] = list(dict.fromkeys(tags))
-    before, begin, rest = old.text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        # A card that this library did not write: it keeps its text, and ours follows.
-        before, after = old.text.rstrip() + "\n\n", "\n"
-    generated = BEGIN + new.text.partition(BEGIN)[2].partition(END)[0] + END
-    text = before + generated + after
-    return ModelCard(f"---\n{ModelCardData(**metadata, ignore_metadata_errors=True).to_yaml()}\n---\n{text}")

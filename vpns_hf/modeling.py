@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
+from huggingface_hub import CommitInfo, ModelCard
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,12 +26,20 @@ from transformers import (
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 
 from . import masking, storage
 from .configuration import PromptedSparseConfig
+from .hub import CARD_NAME, clear_errors, full_repo_id, pinned_revision, push_folder, short_card
 from .label_mapping import get_label_mapping
 from .prompts import build_prompt
 from .sparsity import SparsityReport, measure_sparsity
@@ -49,6 +58,9 @@ class PromptedSparseModel(PreTrainedModel):
     Args:
         config: see [`PromptedSparseConfig`].
         backbone: the image classifier to wrap; built from `config.backbone_config` when None.
+
+    Attributes:
+        image_processor: saved, loaded and published with the model; None where none is known.
     """
 
     config_class = PromptedSparseConfig
@@ -65,6 +77,7 @@ class PromptedSparseModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["scores", "prompt", "label_matrix"]  # noqa: RUF012
     # Set while the prompt is trained alone: no dropout, and BatchNorm keeps its running statistics.
     eval_backbone = False
+    image_processor: BaseImageProcessor | None = None
     config: PromptedSparseConfig
     backbone: PreTrainedModel
     label_matrix: Tensor | None
@@ -191,6 +204,8 @@ class PromptedSparseModel(PreTrainedModel):
         )
         config.label2id = {name: index for index, name in config.id2label.items()}
         wrapped = cls(config, model)
+        if geometry == _image_geometry(model.config, image_processor, None, None, None):
+            wrapped.image_processor = _savable(image_processor)
         if not wrapped.slots():
             raise ValueError(
                 f"{type(model).__name__} has no prunable weight: no linear or convolution layer outside "
@@ -242,6 +257,8 @@ class PromptedSparseModel(PreTrainedModel):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
             super().save_pretrained(name, **kwargs)
+            if self.image_processor is not None and kwargs.get("is_main_process", True):
+                self.image_processor.save_pretrained(name)
             weights = sorted(Path(name).glob("*.safetensors"))
             if packed or (packed is None and self.config.state == "frozen"):
                 _pack(weights)
@@ -257,8 +274,18 @@ class PromptedSparseModel(PreTrainedModel):
 
         Raises:
             ValueError: a file is damaged, or does not hold the tensors that the configuration promises.
+            OSError: there is no such model or revision, it is private, or the Hub cannot be reached.
         """
-        name, wants_info = str(pretrained_model_name_or_path), kwargs.pop("output_loading_info", False)
+        name = str(pretrained_model_name_or_path)
+        with clear_errors(f"Could not load {name}", kwargs.get("revision")):
+            kwargs["revision"] = pinned_revision(name, kwargs)
+            if "config" not in kwargs and _find_file(name, CONFIG_NAME, kwargs) is None:
+                raise OSError(f"{_place(name, kwargs)} holds no saved model: there is no {CONFIG_NAME} in it.")
+            return cls._from_pretrained(name, *args, **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> Any:
+        wants_info = kwargs.pop("output_loading_info", False)
         files = _packed_files(name, kwargs)
         if files:
             kwargs["config"] = kwargs.get("config") or cls.config_class.from_pretrained(name, **_hub_kwargs(kwargs))
@@ -271,7 +298,81 @@ class PromptedSparseModel(PreTrainedModel):
             )
         model.name_or_path = model.config.name_or_path = name
         model._mask_gradients()
+        if _find_file(name, IMAGE_PROCESSOR_NAME, kwargs):
+            model.image_processor = _find_image_processor(name, kwargs)
         return (model, info) if wants_info else model
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        packed: bool | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: Sequence[str] | None = None,
+    ) -> CommitInfo:
+        """Publish the model, its image processor if known, and a short model card, in one commit.
+
+        A push that fails leaves the files in the repository as they were. A card that is there is merged into: what
+        people wrote stays. To publish all that a run has written, call [`VPNsTrainer.push_to_hub`] or
+        [`hub.push_folder`].
+
+        Args:
+            repo_id: `user/name`; created if needed.
+            packed: as in [`~PromptedSparseModel.save_pretrained`].
+            commit_message, commit_description: of the commit.
+            private: whether a repository that is created is private; None: as the account's default is.
+            token: of an account that may write; None: that of `hf auth login`.
+            revision: branch to commit to, created from `main` if needed; None: `main`.
+            create_pr: open a pull request against `revision` instead.
+            max_shard_size: largest size of a weight file before packing, such as `"5GB"`.
+            tags: further tags of the card.
+
+        Raises:
+            OSError: the Hub cannot be reached or refuses.
+        """
+        repo_id = full_repo_id(repo_id, token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, packed=packed, max_shard_size=max_shard_size)
+            self.short_card(repo_id, tags or ()).save(Path(folder) / CARD_NAME)
+            return push_folder(
+                folder,
+                repo_id,
+                commit_message=commit_message or "Upload model",
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def short_card(self, title: str, tags: Sequence[str] = (), **metadata: Any) -> ModelCard:
+        """A model card of what the model itself knows: what it is, how sparse, how to load it.
+
+        Args:
+            title: heading of the card, and where its code loads the model from: `user/name`, or a folder.
+            tags, metadata: further metadata, such as `license` or `datasets`.
+        """
+        masks = self.masks().values()
+        kept, total = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+        source = self.config.backbone_config.name_or_path
+        return short_card(
+            title,
+            tags,
+            {"base_model": source if "/" in source else None} | metadata,
+            backbone=type(self.backbone).__name__,
+            labels=self.config.num_labels,
+            state=self.config.state,
+            kept=f"{kept / total:.2%}",
+            kept_weights=f"{kept:,}",
+            prunable_weights=f"{total:,}",
+            has_prompt=self.prompt is not None,
+        )
 
     # Forward ---------------------------------------------------------------------------------------------------------
 
@@ -570,6 +671,7 @@ class PromptedSparseModel(PreTrainedModel):
         )
         for name, parameter in sliced.named_parameters():
             parameter.requires_grad_(trainable[name])
+        sliced.image_processor = self.image_processor
         self.become(sliced.train(training))
         if self.config.state == "search":
             self.update_masks()
@@ -707,10 +809,9 @@ def _unpack(files: Sequence[str]) -> dict[str, Tensor]:
 
 def _packed_files(name: str, kwargs: Mapping[str, Any]) -> list[str]:
     """The local paths of a model's weight files if they are packed, else none."""
-    hub = _hub_kwargs(kwargs)
 
     def find(file: str) -> str | None:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+        return _find_file(name, file, kwargs)
 
     if index := find(SAFE_WEIGHTS_INDEX_NAME):
         names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
@@ -797,6 +898,26 @@ def _hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
 
 
+def _find_file(name: str, file: str, kwargs: Mapping[str, Any]) -> str | None:
+    """The local path of a file of a model, downloaded if needed; None where the model has no such file."""
+    try:
+        return cached_file(name, file, **_hub_kwargs(kwargs))
+    except OSError as error:
+        # transformers names a cause for everything but a file that is not there.
+        if error.__cause__ is None:
+            return None
+        raise
+
+
+def _place(name: str, kwargs: Mapping[str, Any]) -> str:
+    return f"{name}/{kwargs['subfolder']}" if kwargs.get("subfolder") else name
+
+
+def _savable(image_processor: BaseImageProcessor | None) -> BaseImageProcessor | None:
+    # transformers keeps that of timm models in the model's config.json, and saves no file of its own.
+    return None if isinstance(image_processor, TimmWrapperImageProcessor) else image_processor
+
+
 def _find_image_processor(name: str, kwargs: dict[str, Any]) -> BaseImageProcessor | None:
     try:
         return AutoImageProcessor.from_pretrained(name, **_hub_kwargs(kwargs))
@@ -843,6 +964,9 @@ def _config_of(model: PreTrainedModel) -> PreTrainedConfig:
     """A copy that rebuilds this very class; transformers writes into the configurations that it is given."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    if Path(config.name_or_path).is_dir():
+        # Where it lies on this machine is of no use to others.
+        config.name_or_path = Path(config.name_or_path).name
     return config
 
 
