@@ -84,7 +84,7 @@ class Recipe(Experiment):
         }
         return SubnetworkCard(
             title=f"{Path(backbone).name}-{Path(data).name}-{self.args.method}-{sparsity.sparsity:.0%}".rstrip("%"),
-            repo_id=self.args.hub_model_id or self.folder.name,
+            repo_id=trainer.hub_model_id or self.folder.name,
             base_model=Path(backbone).name if Path(backbone).is_dir() else backbone,
             base_model_is_on_hub=not Path(backbone).is_dir(),
             dataset=Path(data).name,
@@ -130,7 +130,8 @@ def main() -> None:
     resume = recipe.args.resume_from_checkpoint
     trainer = recipe.trainer(recipe.args)
     trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    # Not yet pushed: the report and the card follow.
+    trainer.save_model(str(recipe.folder), _internal_call=True)
     dense = None
     if recipe.recipe_args.dense_reference:
         steps = sum(stage.steps for stage in trainer.finished_stages if stage.name != "warm_up")
@@ -140,12 +141,16 @@ def main() -> None:
     results = evaluate(recipe, trainer, dense)
     if trainer.is_world_process_zero():
         report(recipe, trainer, dense, results)
+    if recipe.args.push_to_hub:
+        trainer.push_to_hub()
     trainer.end()
 
 
 def evaluate(recipe: Recipe, trainer: VPNsTrainer, dense: VPNsTrainer | None) -> list[Result]:
     """The rows of the table, each one pass over the test split without and one with the prompt."""
-    searched = VPNsTrainer(model=trainer.load_stage("search"), args=trainer.args, eval_dataset=trainer.eval_dataset)
+    args = copy.copy(trainer.args)
+    args.push_to_hub = False
+    searched = VPNsTrainer(model=trainer.load_stage("search"), args=args, eval_dataset=trainer.eval_dataset)
     rows = [("before tuning", searched), ("after tuning", trainer)]
     if dense is not None:
         rows = [("fine-tuned", dense), *rows]
@@ -200,5 +205,5 @@ def draw(recipe: Recipe, trainer: VPNsTrainer, dense: VPNsTrainer | None, sparsi
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ConnectionError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

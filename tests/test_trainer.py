@@ -6,8 +6,6 @@ import shutil
 
 import pytest
 import torch
-from huggingface_hub import HfApi, RepoUrl
-from huggingface_hub.utils import filter_repo_objects
 from models import tiny_backbone, tiny_model
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
@@ -469,29 +467,6 @@ def test_clear_refusals(tmp_path):
         VPNsTrainingArguments(output_dir=str(tmp_path), sparsity=1.2)
     with pytest.raises(ValueError, match="is no checkpoint of the run"):
         make_trainer(tmp_path, fresh()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-
-
-def test_a_push_carries_no_pickles(tmp_path, monkeypatch):
-    """Everything that a run leaves is offered to the Hub client; what it would upload is a shared subnetwork."""
-    calls = []
-    url = RepoUrl("https://huggingface.co/me/pruned")
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: url)
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: calls.append(kwargs))
-    settings = {"save_strategy": "steps", "save_steps": 1, "push_to_hub": True, "hub_model_id": "me/pruned"}
-    trainer = make_trainer(tmp_path, fresh(), max_steps=2, **settings)
-    trainer.train()
-    assert calls == []
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "figures/prompt.png").write_bytes(b"")
-    trainer.push_to_hub()
-    (call,) = calls
-    files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(name.endswith(".pt") for name in files)
-    pushed = set(filter_repo_objects(files, allow_patterns=call["allow_patterns"]))
-    assert pushed == {"README.md", "config.json", "model.safetensors", "figures/prompt.png"}
-    assert call["repo_id"] == "me/pruned"
-    with pytest.raises(ValueError, match="only uploads at the end"):
-        VPNsTrainingArguments(output_dir=str(tmp_path), push_to_hub=True, hub_strategy="every_save")
 
 
 def test_torch_compile(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from .methods import Stage, get_method
 from .optimizers import RoleSettings
@@ -96,7 +97,9 @@ class VPNsTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of every role."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 clips nothing."})
-    hub_strategy: str = field(default="end", metadata={"help": "When push_to_hub uploads: only at the end."})
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When push_to_hub uploads: end, or also at every_save."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Drop dataset columns that the model does not take."}
     )
@@ -110,9 +113,11 @@ class VPNsTrainingArguments(TrainingArguments):
         get_method(self.method)
         _check_choice("prompt_mixing", self.prompt_mixing, PROMPT_MIXINGS)
         _check_choice("eval_prompt", self.eval_prompt, EVAL_PROMPTS)
-        if self.push_to_hub and self.hub_strategy != "end":
+        strategy = HubStrategy(self.hub_strategy)
+        if self.push_to_hub and strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
-                f"`hub_strategy` is {str(self.hub_strategy)!r}; VPNsTrainer only uploads at the end, so use 'end'."
+                f"`hub_strategy={strategy.value!r}` would publish optimizer states, which are pickles; use "
+                "'end' or 'every_save', and resume from the checkpoints in `output_dir`."
             )
         if self.calibration_images_per_class < 1:
             raise ValueError(
