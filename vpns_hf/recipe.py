@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,22 @@ class DataArguments:
     )
 
 
+@dataclass
+class DryRunArguments:
+    """Base of what a recipe adds to the arguments of model, data and training."""
+
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Build model, data and arguments, print a summary, and stop before training."},
+    )
+
+
 def parse_recipe(
     argument_classes: Sequence[type], arguments: Iterable[str] | None = None, default_config: Path | None = None
 ) -> tuple[Any, ...]:
     """Read `[--config file.yaml] [--flag value]` into dataclasses.
 
-    In the YAML file a string that starts with `./` or `../` is a path relative to the file.
+    In the YAML file a string, also one in a list, that starts with `./` or `../` is a path relative to the file.
 
     Args:
         argument_classes: dataclasses, whose fields are the valid keys and flags.
@@ -148,6 +158,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _resolve(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_resolve(entry, folder) for entry in value]
     is_relative = isinstance(value, str) and value.startswith(("./", "../"))
     return str((folder / value).resolve()) if is_relative else value
 
@@ -195,11 +207,20 @@ class Experiment:
             token=self.model_args.token,
         )
 
-    def trainer(self, args: VPNsTrainingArguments) -> VPNsTrainer:
-        """A trainer of the freshly wrapped backbone; prompted batches are not augmented, unless asked for."""
+    def trainer(
+        self, args: VPNsTrainingArguments, prepare: Callable[[PromptedSparseModel], None] | None = None
+    ) -> VPNsTrainer:
+        """A trainer of the freshly wrapped backbone; prompted batches are not augmented, unless asked for.
+
+        Args:
+            args: of the run.
+            prepare: changes the model before the trainer is made, as loading a subnetwork does.
+        """
         set_seed(args.seed)
         processor = self._load_processor()
         model = self._build_model(processor, args)
+        if prepare is not None:
+            prepare(model)
         processor = matching_image_processor(processor, *model.config.geometry)
         self.transforms = ImageTransforms(processor, *model.config.geometry)
         augmented, plain = (

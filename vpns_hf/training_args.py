@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .methods import Stage, get_method
+from .metrics import get_metric
 from .optimizers import RoleSettings
 
 PROMPT_MIXINGS = ("alternate", "always", "never")
@@ -93,6 +94,13 @@ class VPNsTrainingArguments(TrainingArguments):
         metadata={"help": "Which batches are prompted: alternate (prompted and plain in turn), always or never."},
     )
     eval_prompt: str = field(default="both", metadata={"help": "Evaluate without the prompt, with it, or both."})
+    metrics: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Metrics reported beside accuracy: mean_per_class_accuracy, top5_accuracy, "
+            "expected_calibration_error."
+        },
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of every role."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 clips nothing."})
@@ -110,6 +118,8 @@ class VPNsTrainingArguments(TrainingArguments):
         get_method(self.method)
         _check_choice("prompt_mixing", self.prompt_mixing, PROMPT_MIXINGS)
         _check_choice("eval_prompt", self.eval_prompt, EVAL_PROMPTS)
+        for name in self.reported_metrics:
+            get_metric(name)
         if self.push_to_hub and self.hub_strategy != "end":
             raise ValueError(
                 f"`hub_strategy` is {str(self.hub_strategy)!r}; VPNsTrainer only uploads at the end, so use 'end'."
@@ -120,6 +130,11 @@ class VPNsTrainingArguments(TrainingArguments):
             )
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise ValueError(f"`sparsity` is {self.sparsity}; expected a fraction in [0, 1), such as 0.9 for 90 %.")
+
+    @property
+    def reported_metrics(self) -> list[str]:
+        """Accuracy, and what `metrics` names beside it."""
+        return list(dict.fromkeys(["accuracy", *(self.metrics or [])]))
 
     def role_settings(self, role: str, stage: Stage) -> RoleSettings:
         """Optimizer, learning rate and schedule of a role in a stage."""
