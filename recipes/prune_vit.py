@@ -24,7 +24,6 @@ from rich.console import Console
 from transformers.utils import logging
 
 from vpns_hf import SparsityReport, VPNsTrainer, VPNsTrainingArguments
-from vpns_hf.data import TRANSFER_TASKS
 from vpns_hf.dry_run import PlannedRun, dry_run
 from vpns_hf.metrics import METRICS, predicted_classes
 from vpns_hf.model_card import SubnetworkCard
@@ -40,6 +39,7 @@ from vpns_hf.report import (
     results_markdown,
     results_table,
 )
+from vpns_hf.transfer_tasks import TRANSFER_TASKS
 
 DEMO = Path(__file__).parent / "vit" / "demo.yaml"
 PACKAGES = ("vpns-hf", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-_NOT_IN_TRAINER: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam}
+NOT_IN_TRAINER: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam}
+"""Optimizers that `TrainingArguments.optim` does not know."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ def build_optimizer(
     Raises:
         ValueError: an unknown optimizer.
     """
-    if settings.optim in _NOT_IN_TRAINER:
+    if settings.optim in NOT_IN_TRAINER:
         betas = (args.adam_beta1, args.adam_beta2)
-        return _NOT_IN_TRAINER[settings.optim](
+        return NOT_IN_TRAINER[settings.optim](
             parameters, lr=settings.learning_rate, betas=betas, eps=args.adam_epsilon
         )  # type: ignore[call-arg]
-    known = [*_NOT_IN_TRAINER, *(name.value for name in OptimizerNames)]
+    known = [*NOT_IN_TRAINER, *(name.value for name in OptimizerNames)]
     if settings.optim not in known:
         raise ValueError(f"The optimizer {settings.optim!r} is unknown; expected one of {', '.join(known)}.")
     role_args = copy.copy(args)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import DatasetDict
 from transformers import AutoImageProcessor, BaseImageProcessor, HfArgumentParser, set_seed
 
-from .data import ImageTransforms, load_transfer_dataset, matching_image_processor
+from .data import load_transfer_dataset
 from .methods import get_method
 from .modeling import PromptedSparseModel
+from .splits import SplitView, TransferSplits, find_duplicates, shared_between_splits
 from .trainer import VPNsTrainer
 from .training_args import VPNsTrainingArguments
+from .transfer_tasks import TRANSFER_TASKS
+from .transforms import ImageTransforms, matching_image_processor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -89,6 +95,28 @@ class DataArguments:
         default=0.1, metadata={"help": "Share of train that a carved validation split takes."}
     )
     split_seed: int = field(default=42, metadata={"help": "Seed of that carving; the same for every training seed."})
+    shots: int | None = field(default=None, metadata={"help": "Training images of each class to keep; all if none."})
+    fraction: float | None = field(
+        default=None, metadata={"help": "Share of the training images to keep, stratified by class."}
+    )
+    corrupt_images: str = field(
+        default="error",
+        metadata={"help": "An image that cannot be read: error stops the run, skip leaves it out and says so."},
+    )
+    check_duplicates: bool = field(
+        default=False, metadata={"help": "Report images that are in more than one split before the run starts."}
+    )
+    augmentation: str = field(
+        default="paper",
+        metadata={"help": "Of plain training images: paper, randaugment, trivialaugment or none."},
+    )
+    cache_images: bool = field(
+        default=False,
+        metadata={"help": "Keep resized copies of training and validation images on disk, where loading is slow."},
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that prepare data, resize copies and look for corrupt images."}
+    )
     augment_prompted: bool = field(
         default=False, metadata={"help": "Augment prompted batches like plain ones (the released code does not)."}
     )
@@ -109,7 +137,9 @@ def parse_recipe(
 ) -> tuple[Any, ...]:
     """Read `[--config file.yaml] [--flag value]` into dataclasses.
 
-    In the YAML file a string, also one in a list, that starts with `./` or `../` is a path relative to the file.
+    In the YAML file a string, also one in a list, that starts with `./` or `../` is a path relative to the file. Batch
+    size and learning rates that neither the file nor a flag gives are those of the data set's row, see
+    [`apply_task_settings`].
 
     Args:
         argument_classes: dataclasses, whose fields are the valid keys and flags.
@@ -140,7 +170,60 @@ def parse_recipe(
         parser.set_defaults(**values)
     *parsed, unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
     _check_names([flag.lstrip("-") for flag in unknown], argument_classes, "unknown argument")
+    data_args = next((each for each in parsed if isinstance(each, DataArguments)), None)
+    args = next((each for each in parsed if isinstance(each, VPNsTrainingArguments)), None)
+    if data_args is not None and args is not None:
+        given = _given_flags(argument_classes, rest) | (set() if config is None else set(values))
+        apply_task_settings(data_args, args, given)
     return tuple(parsed)
+
+
+def _given_flags(argument_classes: Sequence[type], flags: Sequence[str]) -> set[str]:
+    """The names of the arguments that are on the command line."""
+    parser = HfArgumentParser(argument_classes)
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return set(vars(parser.parse_known_args(flags)[0]))
+
+
+def apply_task_settings(data_args: DataArguments, args: VPNsTrainingArguments, given: Collection[str]) -> None:
+    """Train on a data set of `TRANSFER_TASKS` as the paper did, wherever nothing else was asked for.
+
+    Sets batch size, optimizers and learning rates in `args`, and the metrics that the data set is measured by. A
+    learning rate of the table goes with its optimizer, so it is left alone where another optimizer was asked for. The
+    batch size of the table is that of an optimizer step: every process gets its part of it for each accumulation step.
+
+    Args:
+        data_args: names the data set; other data sets than those of the table change nothing, and rows without
+            runs of the paper the metrics alone.
+        args: changed in place.
+        given: names of the arguments that were asked for, which stay as they are.
+
+    Raises:
+        ValueError: the batch size cannot be shared out over processes and accumulation steps.
+    """
+    task = TRANSFER_TASKS.get(data_args.dataset_name)
+    if task is not None and "metrics" not in given:
+        args.metrics = list(task.metrics[1:]) or None
+    if task is None or task.paper is None:
+        return
+    taken: dict[str, Any] = {}
+    for settings in (task.paper.search_arguments(), task.paper.tune_arguments()):
+        optimizer = next(iter(settings))
+        if optimizer not in given or getattr(args, optimizer) == settings[optimizer]:
+            taken |= {name: value for name, value in settings.items() if name not in given}
+    if "per_device_train_batch_size" not in given:
+        batches = args.gradient_accumulation_steps * args.world_size * max(1, args.n_gpu)
+        if task.paper.batch_size % batches:
+            raise ValueError(
+                f"The batch size of {data_args.dataset_name} is {task.paper.batch_size}, which {batches} batches a "
+                "step (accumulation steps x processes) cannot share out equally; set `per_device_train_batch_size`."
+            )
+        taken["per_device_train_batch_size"] = task.paper.batch_size // batches
+    for name, value in taken.items():
+        setattr(args, name, value)
+    settings_taken = ", ".join(f"{name} {value}" for name, value in taken.items())
+    logger.info("Settings of the paper for %s: %s.", data_args.dataset_name, settings_taken or "none")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -173,6 +256,18 @@ def _check_names(names: Iterable[str], argument_classes: Sequence[type], complai
             raise ValueError(f"{complaint} {name!r}{hint}")
 
 
+def _report_duplicates(splits: TransferSplits, num_proc: int | None) -> None:
+    duplicates = find_duplicates(splits, num_proc)
+    shared = shared_between_splits(duplicates)
+    examples = "; ".join(", ".join(f"{copy.place} ({copy.split})" for copy in copies) for copies in shared[:5])
+    logger.warning(
+        "%d images are stored more than once, %d of them in more than one of train, validation and test%s",
+        len(duplicates),
+        len(shared),
+        f": {examples}" if examples else ".",
+    )
+
+
 class Experiment:
     """What the runs of a recipe share: backbone, data and image transforms.
 
@@ -190,9 +285,9 @@ class Experiment:
         }
         self.splits = self._load_splits()
 
-    def _load_splits(self) -> DatasetDict:
+    def _load_splits(self) -> TransferSplits:
         data = self.data_args
-        return load_transfer_dataset(
+        splits = load_transfer_dataset(
             data.dataset_name,
             name=data.dataset_config_name,
             image_column=data.image_column_name,
@@ -201,11 +296,18 @@ class Experiment:
             validation_split=data.validation_split,
             test_split=data.test_split,
             validation_fraction=data.validation_fraction,
+            shots=data.shots,
+            fraction=data.fraction,
             seed=data.split_seed,
+            corrupt_images=data.corrupt_images,
             revision=data.dataset_revision,
             cache_dir=self.model_args.cache_dir,
             token=self.model_args.token,
+            num_proc=data.preprocessing_num_workers,
         )
+        if data.check_duplicates:
+            _report_duplicates(splits, data.preprocessing_num_workers)
+        return splits
 
     def trainer(
         self, args: VPNsTrainingArguments, prepare: Callable[[PromptedSparseModel], None] | None = None
@@ -222,22 +324,30 @@ class Experiment:
         if prepare is not None:
             prepare(model)
         processor = matching_image_processor(processor, *model.config.geometry)
-        self.transforms = ImageTransforms(processor, *model.config.geometry)
-        augmented, plain = (
-            self.splits["train"].with_transform(view) for view in (self.transforms.train, self.transforms.eval)
-        )
+        self.transforms = ImageTransforms(processor, *model.config.geometry, self.data_args.augmentation)
+        augmented = self._train_view()
         return VPNsTrainer(
             model=model,
             args=args,
             train_dataset=augmented,
-            prompted_train_dataset=augmented if self.data_args.augment_prompted else plain,
+            prompted_train_dataset=augmented if self.data_args.augment_prompted else self.eval_split("train"),
             eval_dataset=self.eval_split("validation"),
             processing_class=processor,
         )
 
-    def eval_split(self, name: str) -> Any:
+    def _train_view(self) -> SplitView:
+        if self.data_args.cache_images:
+            split, rows = self.splits["train"], self.splits.rows["train"]
+            return self.transforms.cached_train_view(split, rows, self.data_args.preprocessing_num_workers)
+        return self.splits.view("train", self.transforms.train)
+
+    def eval_split(self, name: str) -> SplitView:
         """A split as it is evaluated; known once a trainer was made."""
-        return self.splits[name].with_transform(self.transforms.eval)
+        # The test split is read once, so that copies of it would cost more than they save.
+        if self.data_args.cache_images and name != "test":
+            split, rows = self.splits[name], self.splits.rows[name]
+            return self.transforms.cached_eval_view(split, rows, self.data_args.preprocessing_num_workers)
+        return self.splits.view(name, self.transforms.eval)
 
     def _load_processor(self) -> BaseImageProcessor | None:
         try:

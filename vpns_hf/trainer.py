@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from .data import RoleBatchSampler, RoleDataset, collate_images
+from .batches import RoleBatchSampler, RoleDataset, collate_images
 from .label_mapping import count_predictions, map_labels
 from .mask_schedules import MaskSchedule, Moment, keep_all
 from .methods import Method, Stage, get_method

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from .methods import Stage, get_method
 from .metrics import get_metric
-from .optimizers import RoleSettings
+from .optimizers import NOT_IN_TRAINER, RoleSettings
 
 PROMPT_MIXINGS = ("alternate", "always", "never")
 EVAL_PROMPTS = ("without", "with", "both")
@@ -79,7 +79,8 @@ class VPNsTrainingArguments(TrainingArguments):
         metadata={"help": "Schedule of scores and prompt during the search; lr_scheduler_type when not given."},
     )
     optim: str = field(
-        default="sgd", metadata={"help": "Optimizer of weights and head, and of the prompt in the tune stage."}
+        default="sgd",
+        metadata={"help": "Optimizer of weights and head, and of the prompt in the tune stage."},
     )
     learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the weights."})
     head_learning_rate: float | None = field(
@@ -114,7 +115,13 @@ class VPNsTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        optim = self.optim
+        if optim in NOT_IN_TRAINER:
+            # TrainingArguments takes its own names only.
+            self.optim = "sgd"
         super().__post_init__()
+        if optim in NOT_IN_TRAINER:
+            self.optim = optim
         get_method(self.method)
         _check_choice("prompt_mixing", self.prompt_mixing, PROMPT_MIXINGS)
         _check_choice("eval_prompt", self.eval_prompt, EVAL_PROMPTS)

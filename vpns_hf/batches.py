@@ -1,0 +1,217 @@
+"""Batches that are either prompted or plain."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from math import ceil
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+Mixing = Literal["alternate", "always", "never"]
+
+
+class SampleKey(NamedTuple):
+    """What a `RoleBatchSampler` asks of a `RoleDataset`.
+
+    Args:
+        index: row of the data set.
+        use_prompt: whether the image is shown with the prompt.
+        seed: seed of the random numbers drawn for this image, at most 63 bits.
+    """
+
+    index: int  # type: ignore[assignment]  # tuples have a method of that name
+    use_prompt: bool
+    seed: int
+
+
+class RoleBatchSampler(Sampler[list[SampleKey]]):
+    """Batches of which each is either prompted or plain, never both.
+
+    One epoch of `alternate` shows every image once prompted and once plain, in two independent shuffles: `window`
+    prompted batches, `window` plain ones, and so on. `always` has the prompted batches only, `never` the plain ones.
+    All batches of one optimizer step share their role if `window` is the number of batches of a step (accumulation
+    steps x processes). With a window above 1 every step is made complete with images from the start of the same
+    shuffle, as distributed samplers do; with a window of 1 the last batch is simply short.
+
+    The order and every seed are a function of (seed, epoch, role) alone, so they do not depend on what was drawn
+    before, and training picks up where it stopped.
+
+    Args:
+        length: number of rows of the data set.
+        batch_size: images in a batch.
+        mixing: `alternate`, `always` or `never`.
+        window: consecutive batches that share a role.
+        seed: any whole number.
+        shuffle: whether rows come in random order.
+
+    Raises:
+        ValueError: if a number is below 1 or `mixing` is none of the three.
+    """
+
+    ROLES: Mapping[str, tuple[bool, ...]] = {"alternate": (True, False), "always": (True,), "never": (False,)}
+
+    def __init__(
+        self, length: int, batch_size: int, mixing: Mixing, window: int = 1, seed: int = 0, shuffle: bool = True
+    ) -> None:
+        for name, value in (("length", length), ("batch_size", batch_size), ("window", window)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: expected a whole number of at least 1.")
+        if mixing not in self.ROLES:
+            raise ValueError(f"mixing is '{mixing}': expected one of {', '.join(self.ROLES)}.")
+        self.length = length
+        self.batch_size = batch_size
+        self.mixing = mixing
+        self.window = window
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+        self.drop_last = False  # accelerate asks
+
+    @property
+    def sampler(self) -> RoleBatchSampler:
+        """Itself: accelerate looks for `set_epoch` here once the batch sampler is wrapped."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.ROLES[self.mixing]) * self._windows * self.window
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        batches = [self._batches(use_prompt) for use_prompt in self.ROLES[self.mixing]]
+        for _ in range(self._windows):
+            for of_one_role in batches:
+                yield from islice(of_one_role, self.window)
+
+    @property
+    def _windows(self) -> int:
+        return ceil(self.length / (self.batch_size * self.window))
+
+    def _batches(self, use_prompt: bool) -> Iterator[list[SampleKey]]:
+        stream = _mix(_mix(_mix(self.seed) ^ self.epoch) ^ use_prompt)
+        order, seeds = np.arange(self.length), _seeds(stream, self.length)
+        if self.shuffle:
+            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(stream)).numpy()
+        if self.window > 1:
+            order = np.resize(order, self._windows * self.window * self.batch_size)  # repeats from the start
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            keys = zip(rows.tolist(), seeds[rows].tolist(), strict=True)
+            yield [SampleKey(index, use_prompt, item_seed) for index, item_seed in keys]
+
+
+def _splitmix64(state: np.ndarray) -> np.ndarray:
+    """The output function of the SplitMix64 generator, element by element: uint64 -> uint64."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def _seeds(stream: int, length: int) -> np.ndarray:
+    """The first numbers of a SplitMix64 stream, cut to 63 bits (seeds are signed): int64 [length]."""
+    steps = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return (_splitmix64(steps + np.uint64(stream % 2**64)) >> np.uint64(1)).astype(np.int64)
+
+
+def _mix(number: int) -> int:
+    return int(_seeds(number, 1)[0])
+
+
+class RoleDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """Two views of the same rows, addressed by `SampleKey`.
+
+    An item is drawn under its key's own seed, so augmentation depends neither on the number of workers nor on what was
+    drawn before; the global random state (torch on the CPU, numpy, Python) is as it was afterwards.
+
+    Args:
+        plain: view for plain batches, usually with `ImageTransforms.train`; its items are dicts.
+        prompted: view for prompted batches, usually with `ImageTransforms.eval`; its items are dicts.
+        batch_sampler: the sampler that draws from this data set. Where accelerate cannot reach it (a resumed epoch on
+            several processes), accelerate tells the data set the epoch instead.
+
+    Raises:
+        ValueError: if the views differ in length.
+    """
+
+    def __init__(self, plain: Any, prompted: Any, batch_sampler: RoleBatchSampler | None = None) -> None:
+        if len(plain) != len(prompted):
+            raise ValueError(
+                f"The plain view has {len(plain)} rows and the prompted view {len(prompted)}: expected two views of "
+                "the same data set."
+            )
+        self.plain = plain
+        self.prompted = prompted
+        self.batch_sampler = batch_sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Hand the epoch on to the batch sampler."""
+        if self.batch_sampler is not None:
+            self.batch_sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        view = self.prompted if key.use_prompt else self.plain
+        with _seeded(key.seed):
+            return {**view[key.index], "use_prompt": key.use_prompt}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the generators that augmentations draw from, and put them back afterwards; CUDA's are left alone."""
+    generator = torch.random.default_generator
+    states = generator.get_state(), random.getstate(), np.random.get_state()
+    generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        generator.set_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+def collate_images(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Make one batch of examples.
+
+    Args:
+        examples: n dicts with `pixel_values`, a tensor [3, height, width]; optionally `labels` (or `label`,
+            `label_ids`), a class or a float vector [classes]; optionally `use_prompt`.
+
+    Returns:
+        `pixel_values` [n, 3, height, width]; `labels`, long [n] or float [n, classes]; `use_prompt`, one bool.
+
+    Raises:
+        ValueError: if the images differ in size, or prompted and plain examples are mixed.
+    """
+    images = [torch.as_tensor(example["pixel_values"]) for example in examples]
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"The images of one batch differ in shape ({', '.join(str(shape) for shape in shapes)}): "
+            "use an image processor or transform that gives every image the same size."
+        )
+    batch: dict[str, Any] = {"pixel_values": torch.stack(images)}
+    name = next((name for name in ("labels", "label", "label_ids") if name in examples[0]), None)
+    if name is not None:
+        labels = torch.stack([torch.as_tensor(example[name]) for example in examples])
+        batch["labels"] = labels.float() if labels.is_floating_point() else labels.long()
+    if "use_prompt" in examples[0]:
+        roles = {bool(example["use_prompt"]) for example in examples}
+        if len(roles) > 1:
+            raise ValueError(
+                "A batch mixes prompted and plain images: draw batches with RoleBatchSampler, whose batches have one "
+                "role each."
+            )
+        batch["use_prompt"] = roles.pop()
+    return batch

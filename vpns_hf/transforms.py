@@ -1,0 +1,246 @@
+"""Image transforms: the views of an image that a model is trained on and evaluated with."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from torchvision.transforms import v2
+from transformers import BaseImageProcessor, TimmWrapperImageProcessor, ViTImageProcessor
+
+from .images import CorruptImageError, RGBImage, to_rgb
+from .splits import SplitView, StoredRows
+
+AUGMENTATIONS: dict[str, Callable[[], list[Any]] | None] = {
+    "paper": list,
+    "randaugment": lambda: [v2.RandAugment()],
+    "trivialaugment": lambda: [v2.TrivialAugmentWide()],
+    "none": None,
+}
+"""What follows on resizing to 9/8 of the size, random crop and random flip, by name: nothing more in the paper's own
+augmentation. With `none` there is no crop and flip either: training images are as in evaluation."""
+
+
+@dataclass(frozen=True)
+class ImageTransforms:
+    """The two views of an image: augmented for training, and as the image processor makes it.
+
+    Both methods take and return a batch, as `datasets` wants it: `dataset.with_transform(transforms.train)`.
+
+    Args:
+        image_processor: image processor of the backbone, of any backend.
+        image_size: height and width of the images that the backbone takes.
+        mean: mean of each channel, for images in [0, 1].
+        std: standard deviation of each channel, for images in [0, 1].
+        augmentation: key of `AUGMENTATIONS`.
+
+    Raises:
+        ValueError: if there is no such augmentation.
+    """
+
+    image_processor: BaseImageProcessor
+    image_size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    augmentation: str = "paper"
+
+    def __post_init__(self) -> None:
+        if self.augmentation not in AUGMENTATIONS:
+            raise ValueError(f"augmentation is '{self.augmentation}': expected one of {', '.join(AUGMENTATIONS)}.")
+
+    def train(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Augment; as the paper does: resize to 9/8 of the size, crop at random, flip at random, normalise.
+
+        Args:
+            batch: `image`, a list of n PIL images, and `label`, if there are labels. The draws are torch's own.
+
+        Returns:
+            `pixel_values`, a float tensor [n, 3, height, width], and `labels`.
+
+        Raises:
+            CorruptImageError: if an image cannot be used.
+        """
+        if AUGMENTATIONS[self.augmentation] is None:
+            return self.eval(batch)
+        return _features(torch.stack([self._augment(to_rgb(image)) for image in batch["image"]]), batch)
+
+    def eval(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Do exactly what the image processor does, as the image-classification pipeline would.
+
+        Args:
+            batch: `image`, a list of n PIL images, and `label`, if there are labels.
+
+        Returns:
+            `pixel_values`, a float tensor [n, 3, height, width], and `labels`.
+
+        Raises:
+            CorruptImageError: if an image cannot be used.
+            ValueError: if the image processor makes images of another size than `image_size`.
+        """
+        return self._process(batch)
+
+    def _process(self, batch: Mapping[str, Any], **switches: bool) -> dict[str, Any]:
+        images = [to_rgb(image) for image in batch["image"]]
+        pixel_values = self.image_processor(images=images, return_tensors="pt", **switches)["pixel_values"]
+        if tuple(pixel_values.shape[-2:]) != tuple(self.image_size):
+            raise ValueError(
+                f"The image processor makes images of {_size(pixel_values.shape[-2:])} pixels and the model takes "
+                f"{_size(self.image_size)}: give the image processor the size of the model."
+            )
+        return _features(pixel_values, batch)
+
+    @property
+    def _train_size(self) -> tuple[int, int]:
+        height, width = self.image_size
+        return height * 9 // 8, width * 9 // 8
+
+    @cached_property
+    def _augment(self) -> v2.Compose:
+        further = AUGMENTATIONS[self.augmentation]
+        return v2.Compose(
+            [
+                v2.Resize(self._train_size),
+                v2.RandomCrop(self.image_size),
+                v2.RandomHorizontalFlip(),
+                *(further() if further else ()),
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(list(self.mean), list(self.std)),
+            ]
+        )
+
+    # Resized copies --------------------------------------------------------------------------------------------------
+
+    def cached_train_view(self, split: Dataset, rows: StoredRows, num_proc: int | None = None) -> SplitView:
+        """The view of `train`, bit for bit, from copies that are kept at 9/8 of the size.
+
+        The copies are made once and kept by `datasets` beside its other files, uncompressed: about 190 kB each for a
+        size of 224. Another size or another Pillow makes other copies.
+
+        Args:
+            split: a split of `load_transfer_dataset`.
+            rows: where its images come from.
+            num_proc: processes that make the copies.
+
+        Returns:
+            The view, for a trainer.
+        """
+        if AUGMENTATIONS[self.augmentation] is None:
+            return self.cached_eval_view(split, rows, num_proc)
+        copies = _resized_copies(split, rows, num_proc, _resized_for_training, size=self._train_size)
+        return SplitView(copies.with_transform(self.train), rows)
+
+    def cached_eval_view(self, split: Dataset, rows: StoredRows, num_proc: int | None = None) -> SplitView:
+        """The view of `eval`, bit for bit, from copies that the image processor has resized and cropped.
+
+        Args:
+            split: a split of `load_transfer_dataset`.
+            rows: where its images come from.
+            num_proc: processes that make the copies.
+
+        Returns:
+            The view, for a trainer.
+
+        Raises:
+            ValueError: if the image processor cannot resize and normalise in two steps.
+        """
+        self._check_two_steps()
+        copies = _resized_copies(split, rows, num_proc, _resized_for_eval, processor=self.image_processor)
+        return SplitView(copies.with_transform(self._eval_resized), rows)
+
+    def _eval_resized(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return self._process(batch, do_resize=False, do_center_crop=False)
+
+    def _check_two_steps(self) -> None:
+        height, width = self.image_size
+        noise = np.random.RandomState(0).randint(0, 256, (2 * height + 1, width + 3, 3), dtype=np.uint8)
+        image = PILImage.fromarray(noise)
+        direct = self.eval({"image": [image]})["pixel_values"]
+        resized = _resized_for_eval(image, self.image_processor)
+        if resized.size != (width, height) or not torch.equal(
+            direct, self._eval_resized({"image": [resized]})["pixel_values"]
+        ):
+            raise ValueError(
+                f"{type(self.image_processor).__name__} does not give the same pixels when it resizes first and "
+                "normalises later, so resized images cannot be kept for it: leave cache_images off."
+            )
+
+
+def _resized_for_training(image: PILImage.Image, size: tuple[int, int]) -> PILImage.Image:
+    return v2.functional.resize(image, list(size))
+
+
+def _resized_for_eval(image: PILImage.Image, processor: BaseImageProcessor) -> PILImage.Image:
+    pixels = processor(images=[image], return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"][0]
+    return PILImage.fromarray(pixels.permute(1, 2, 0).numpy().astype(np.uint8))
+
+
+def _resized_copies(
+    split: Dataset, rows: StoredRows, num_proc: int | None, resize: Callable[..., PILImage.Image], **settings: Any
+) -> Dataset:
+    """The split with its images resized, kept by `datasets` under a fingerprint of all that they depend on."""
+    return split.cast_column("image", Image(decode=False)).map(
+        _resize_batch,
+        with_indices=True,
+        batched=True,
+        batch_size=100,
+        features=split.features,
+        num_proc=num_proc,
+        fn_kwargs={"rows": rows, "resize": resize, "settings": settings, "pillow": PILImage.__version__},
+        desc="Resizing images",
+    )
+
+
+def _resize_batch(
+    batch: Mapping[str, Any],
+    indices: Sequence[int],
+    rows: StoredRows,
+    resize: Callable[..., PILImage.Image],
+    settings: Mapping[str, Any],
+    pillow: str,
+) -> dict[str, Any]:
+    """Resize stored images and store them again; the version of Pillow only tells one cache from another."""
+    copies = []
+    for stored, index in zip(batch["image"], indices, strict=True):
+        try:
+            image = to_rgb(None) if stored is None else RGBImage().decode_example(stored)
+        except CorruptImageError as error:
+            raise rows.name_corrupt(index, error) from error
+        # Uncompressed, because PNG takes as long to decode as the JPEG that it stands for.
+        file = io.BytesIO()
+        resize(image, **settings).save(file, "BMP")
+        copies.append({"bytes": file.getvalue(), "path": None})
+    return {"image": copies}
+
+
+def matching_image_processor(
+    processor: BaseImageProcessor | None, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+) -> BaseImageProcessor:
+    """The processor itself if it saves itself and gives images of this size; else a `ViTImageProcessor` that does.
+
+    Args:
+        processor: a backbone's image processor, or None. timm's is replaced, because it cannot be saved on its own.
+        image_size: (height, width) in pixels.
+        mean, std: normalisation, one value a channel.
+    """
+    if processor is not None and not isinstance(processor, TimmWrapperImageProcessor):
+        sample = PILImage.new("RGB", (image_size[1] + 1, image_size[0] + 1))
+        if tuple(processor(sample, return_tensors="pt")["pixel_values"].shape[-2:]) == tuple(image_size):
+            return processor
+    height, width = image_size
+    return ViTImageProcessor(size={"height": height, "width": width}, image_mean=list(mean), image_std=list(std))
+
+
+def _features(pixel_values: torch.Tensor, batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {"pixel_values": pixel_values} | ({"labels": batch["label"]} if "label" in batch else {})
+
+
+def _size(size: Sequence[int]) -> str:
+    return f"{size[0]} x {size[1]}"
