@@ -160,7 +160,7 @@ data = [
     {"pixel_values": rng.normal(size=(3, 32, 32)).astype("float32"), "labels": int(rng.integers(6))} for _ in range(13)
 ]
 args = VPNsTrainingArguments(
-    sys.argv[1], metrics=list(METRICS), per_device_eval_batch_size=4, use_cpu=True, ddp_backend="gloo",
+    sys.argv[1], metrics=list(METRICS), per_device_eval_batch_size=4, use_cpu=True,
     report_to="none", disable_tqdm=True, dataloader_pin_memory=False, seed=0,
 )
 metrics = VPNsTrainer(tiny_model("vit"), args, eval_dataset=data).evaluate()
@@ -176,7 +176,7 @@ if state.num_processes > 1:
 @pytest.mark.slow
 def test_two_processes_with_an_uneven_last_batch(tmp_path):
     """13 images in batches of 4 on two processes: the last round has five images, three of which are padding."""
-    script = tmp_path / "evaluate.py"
+    script = tmp_path / "measure.py"
     script.write_text(
         "import sys; sys.path.insert(0, sys.argv[2])\nimport torch; torch.manual_seed(0)" + TWO_PROCESSES
     )
