@@ -5,6 +5,7 @@ data sets with the columns, splits and classes of the table's rows.
 """
 
 import io
+import json
 import re
 import runpy
 import sys
@@ -18,7 +19,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from datasets.packaged_modules.parquet.parquet import Parquet
 from models import SWIN, TRANSFORMER, tiny_model
 from PIL import Image as PILImage
-from timm.models import save_for_hf
+from safetensors.torch import save_file
 from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
@@ -64,8 +65,10 @@ def add_model(cache: Path, name: str) -> None:
     if kind in TIMM:
         architecture, options = TIMM[kind]
         model = timm.create_model(architecture, num_classes=1000, **options)
-        model.pretrained_cfg |= {"input_size": (3, SIZE, SIZE), "mean": [0.4] * 3, "std": [0.3] * 3}
-        save_for_hf(model, snapshot, model_args=options or None, safe_serialization=True)
+        images = {"input_size": [3, SIZE, SIZE], "mean": [0.4] * 3, "std": [0.3] * 3, "num_classes": 1000}
+        config = {"architecture": architecture, "num_classes": 1000, "pretrained_cfg": images, "model_args": options}
+        (snapshot / "config.json").write_text(json.dumps(config))
+        save_file(model.state_dict(), snapshot / "model.safetensors")
     else:
         TRANSFORMERS[kind]().save_pretrained(snapshot)
         ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(snapshot)

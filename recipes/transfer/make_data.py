@@ -45,7 +45,9 @@ def main() -> None:
     for split, chosen in (("train", np.sort(train)), ("test", np.sort(test))):
         images = [{"bytes": png(digits.images[row]), "path": None} for row in chosen]
         labels = digits.target[chosen].tolist()
-        Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(output / f"{split}.parquet")
+        Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(
+            output / f"{split}.parquet"
+        )
 
 
 if __name__ == "__main__":
