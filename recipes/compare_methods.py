@@ -13,27 +13,20 @@ of optimizer steps after the warm-up of a new head. The test split is evaluated 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers.utils import logging
 
-from vpns_hf import VPNsTrainer, VPNsTrainingArguments
+from vpns_hf import VPNsTrainingArguments
+from vpns_hf.cell_runner import CellRunner, settings_digest
 from vpns_hf.comparison import (
     Cell,
     CellResult,
-    append_result,
-    claim,
     comparison_markdown,
     comparison_table,
     differences_markdown,
@@ -41,19 +34,15 @@ from vpns_hf.comparison import (
     read_results,
     summary_markdown,
 )
+from vpns_hf.dry_run import PlannedRun, dry_run
 from vpns_hf.methods import get_method
-from vpns_hf.recipe import DataArguments, Experiment, ModelArguments, parse_recipe
+from vpns_hf.recipe import DataArguments, DryRunArguments, Experiment, ModelArguments, parse_recipe
 
 DEMO = Path(__file__).parent / "comparison" / "demo.yaml"
-# They describe a cell, a machine or what is printed, not the setting that cells must share.
-NOT_A_SETTING = (
-    *("method", "sparsity", "seed", "methods", "sparsities", "seeds", "only_report", "reference", "paper_numbers"),
-    *("output_dir", "run_name", "logging_dir", "token", "cache_dir", "disable_tqdm", "logging_steps", "report_to"),
-)
 
 
 @dataclass
-class ComparisonArguments:
+class ComparisonArguments(DryRunArguments):
     """Which cells are run."""
 
     methods: list[str] = field(
@@ -87,7 +76,7 @@ class ComparisonArguments:
                         yield Cell(method, 0.0 if method == "dense" else sparsity, seed)
 
 
-class Comparison:
+class Comparison(CellRunner):
     """Runs cells and reports them.
 
     Args:
@@ -97,93 +86,33 @@ class Comparison:
     """
 
     def __init__(self, experiment: Experiment, args: VPNsTrainingArguments, wanted: ComparisonArguments):
+        super().__init__(Path(args.output_dir))
         self.experiment, self.args, self.wanted = experiment, args, wanted
-        self.folder = Path(args.output_dir)
-        self.results = self.folder / "results.jsonl"
-        self.settings = _digest(experiment, args)
+        self.digest = settings_digest(experiment)
         if args.eval_prompt == "with":
             raise ValueError("Methods are compared without the prompt; use `eval_prompt` 'both' or 'without'.")
 
-    def run(self) -> None:
-        """Run the cells that are not there yet and that no other process is running."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        cells = list(self.wanted.cells())
-        for index, cell in enumerate(cells):
-            with self._turn(cell) as is_ours:
-                if is_ours:
-                    self._finish(self.run_cell(cell), f"[cell {index + 1} of {len(cells)}]")
+    def settings(self, cell: Cell) -> str:
+        """One for all cells: they have no task of their own."""
+        return self.digest
 
-    @contextmanager
-    def _turn(self, cell: Cell) -> Iterator[bool]:
-        """Whether this launch runs the cell: decided by its main process, for all of its processes."""
-        main_process = PartialState().is_main_process
-        with claim(self.folder, cell) if main_process else nullcontext(False) as is_ours:
-            # Every process reads, so that all of them meet an error. Another launch may have finished the cell.
-            is_done = cell in self._done()
-            yield broadcast_object_list([is_ours and not is_done])[0]
-
-    def _finish(self, result: CellResult, place: str) -> None:
-        """Keep the line of a cell, and only then drop its folder."""
-        if PartialState().is_main_process:
-            append_result(self.results, result)
-            shutil.rmtree(self._cell_folder(result.cell))
-            cell = f"{result.method}, sparsity {result.sparsity:.0%}, seed {result.seed}"
-            print(f"{place} {cell}: accuracy {result.accuracy:.2%}, {result.seconds:.0f} s", flush=True)
-
-    def _cell_folder(self, cell: Cell) -> Path:
-        # Half a cell of other settings must not be gone on with.
-        return self.folder / "cells" / f"{cell.method}-{cell.sparsity:g}-{cell.seed}-{self.settings}"
-
-    def _done(self) -> set[Cell]:
-        results = read_results(self.results)
-        for result in results:
-            if result.settings != self.settings:
-                raise ValueError(
-                    f"{self.results} holds cells of other settings ({result.settings}; these are {self.settings}); "
-                    "choose another `output_dir`."
-                )
-        return {Cell(result.method, result.sparsity, result.seed) for result in results}
+    def arguments(self, cell: Cell) -> VPNsTrainingArguments:
+        """The shared arguments with those of the cell."""
+        args = copy.copy(self.args)
+        args.method, args.sparsity, args.seed = cell.method, cell.sparsity, cell.seed
+        args.output_dir = str(self.cell_folder(cell))
+        return args
 
     def run_cell(self, cell: Cell) -> CellResult:
         """Train one cell and measure it on the test split."""
-        args = copy.copy(self.args)
-        args.method, args.sparsity, args.seed = cell.method, cell.sparsity, cell.seed
-        args.output_dir = str(self._cell_folder(cell))
-        trainer = self.experiment.trainer(args)
-        validation = trainer.eval_dataset
-        if args.eval_strategy == "no":
-            # Nor after every stage: a method in rounds has many.
-            trainer.eval_dataset = None
-        trainer.train(resume_from_checkpoint=True)
-        return self._measure(cell, trainer, validation)
+        trainer = self.experiment.trainer(self.arguments(cell))
+        validation = self.train(trainer)
+        return self.measure(cell, trainer, self.experiment, validation)
 
-    def _measure(self, cell: Cell, trainer: VPNsTrainer, validation: Any) -> CellResult:
-        test = trainer.evaluate(self.experiment.eval_split("test"), metric_key_prefix="test")
-        stages = trainer.finished_stages
-        costs = [stage.cost for stage in stages]
-        warm_up = sum(stage.steps for stage in stages if stage.name == "warm_up")
-        return CellResult(
-            method=cell.method,
-            sparsity=cell.sparsity,
-            seed=cell.seed,
-            accuracy=test["test_accuracy"],
-            accuracy_prompted=test.get("test_accuracy_prompted"),
-            validation_accuracy=trainer.evaluate(validation)["eval_accuracy"],
-            measured_sparsity=trainer.model.sparsity,
-            steps=sum(stage.steps for stage in stages) - warm_up,
-            warm_up_steps=warm_up,
-            images=sum(cost.images for cost in costs),
-            forward_images=sum(cost.forward_images for cost in costs),
-            backward_images=sum(cost.backward_images for cost in costs),
-            seconds=sum(cost.seconds for cost in costs),
-            trained_weights=costs[-1].trained_weights,
-            splits={
-                "weights, masks, prompt, scores": "train",
-                "checkpoint": "validation" if self.args.load_best_model_at_end else "none: the last weights",
-                "accuracy": "test",
-            },
-            settings=self.settings,
-        )
+    def dry_run(self) -> None:
+        """Print what one cell of each method would do."""
+        firsts = {cell.method: cell for cell in reversed(list(self.wanted.cells()))}
+        dry_run(PlannedRun(method, self.experiment, self.arguments(firsts[method])) for method in self.wanted.methods)
 
     def report(self) -> None:
         """Print the table, and write it and the plot."""
@@ -205,23 +134,6 @@ class Comparison:
         plot_comparison(results, self.folder / "accuracy.png", controls=controls)
 
 
-def _digest(experiment: Experiment, *arguments: Any) -> str:
-    """A short name of everything that cells must share: arguments that are not at their default, and the data."""
-    settings: dict[str, Any] = {"images": {name: split.num_rows for name, split in experiment.splits.items()}}
-    for group in (experiment.model_args, experiment.data_args, *arguments):
-        for entry in fields(group):
-            value = getattr(group, entry.name)
-            if entry.init and entry.name not in NOT_A_SETTING and value != entry.default:
-                settings[entry.name] = value
-    for name in ("model_name_or_path", "dataset_name"):
-        # Wherever the files lie.
-        settings[name] = Path(settings[name]).name
-    if (processes := PartialState().num_processes) > 1:
-        # They share the batch size.
-        settings["processes"] = processes
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
 def _read_paper_numbers(path: str | None) -> Mapping[tuple[str, float], float] | None:
     if path is None:
         return None
@@ -238,8 +150,10 @@ def main() -> None:
         (ModelArguments, DataArguments, VPNsTrainingArguments, ComparisonArguments), default_config=DEMO
     )
     comparison = Comparison(Experiment(model_args, data_args, args), args, wanted)
+    if wanted.dry_run:
+        return comparison.dry_run()
     if not wanted.only_report:
-        comparison.run()
+        comparison.run(list(wanted.cells()))
     if args.process_index == 0:
         comparison.report()
 

@@ -18,18 +18,23 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import yaml
 from huggingface_hub import ModelCard
 from rich.console import Console
 from transformers.utils import logging
 
 from vpns_hf import SparsityReport, VPNsTrainer, VPNsTrainingArguments
+from vpns_hf.dry_run import PlannedRun, dry_run
 from vpns_hf.methods import get_method
+from vpns_hf.metrics import METRICS, predicted_classes
 from vpns_hf.model_card import SubnetworkCard
-from vpns_hf.recipe import DataArguments, Experiment, ModelArguments, parse_recipe
+from vpns_hf.recipe import DataArguments, DryRunArguments, Experiment, ModelArguments, parse_recipe
 from vpns_hf.report import (
+    MAX_CONFUSION_CLASSES,
     Result,
     blocks_table,
+    plot_confusion,
     plot_density,
     plot_prompt,
     plot_training,
@@ -43,7 +48,7 @@ PACKAGES = ("vpns-hf", "torch", "torchvision", "transformers", "datasets", "acce
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(DryRunArguments):
     """What this recipe does besides pruning."""
 
     references: list[str] = field(
@@ -111,6 +116,7 @@ class Recipe(Experiment):
             "prompt": "The learned prompt",
             "training": "Accuracy over training",
             "density": "Density per layer",
+            "confusion": "Confusion of the classes",
         }
         return SubnetworkCard(
             title=Path(trainer.hub_model_id or self.folder).name,
@@ -163,6 +169,8 @@ def main() -> None:
     recipe = Recipe(
         *parse_recipe((ModelArguments, DataArguments, VPNsTrainingArguments, RecipeArguments), default_config=DEMO)
     )
+    if recipe.recipe_args.dry_run:
+        return dry_run([PlannedRun(recipe.args.method, recipe, recipe.args)])
     resume = recipe.args.resume_from_checkpoint
     trainer = recipe.trainer(recipe.args)
     trainer.train(resume_from_checkpoint=resume)
@@ -174,15 +182,31 @@ def main() -> None:
         references[method] = recipe.trainer(recipe.reference_arguments(method, steps))
         references[method].train(resume_from_checkpoint=resume)
         references[method].save_model()
-    results = evaluate(recipe, trainer, references)
+    measured = evaluate(recipe, trainer, references)
     if trainer.is_world_process_zero():
-        report(recipe, trainer, references, results)
+        report(recipe, trainer, references, measured)
     if recipe.args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
 
 
-def evaluate(recipe: Recipe, trainer: VPNsTrainer, references: dict[str, VPNsTrainer]) -> list[Result]:
+@dataclass(frozen=True)
+class Measured:
+    """A row of the table, with all metrics of the test split and the predictions without the prompt.
+
+    Args:
+        result: the row.
+        metrics: by name, without the prefix of the split.
+        labels, predicted: classes [n].
+    """
+
+    result: Result
+    metrics: dict[str, float]
+    labels: np.ndarray
+    predicted: np.ndarray
+
+
+def evaluate(recipe: Recipe, trainer: VPNsTrainer, references: dict[str, VPNsTrainer]) -> list[Measured]:
     """The rows of the table, each one pass over the test split without and one with the prompt."""
     rows = [("after tuning", run) for run in references.values()]
     if any(stage.name == "search" for stage in trainer.finished_stages):
@@ -194,24 +218,28 @@ def evaluate(recipe: Recipe, trainer: VPNsTrainer, references: dict[str, VPNsTra
     return [measure(recipe, name, run) for name, run in rows]
 
 
-def measure(recipe: Recipe, name: str, run: VPNsTrainer) -> Result:
+def measure(recipe: Recipe, name: str, run: VPNsTrainer) -> Measured:
     """Evaluate a model on the test split."""
-    metrics = run.evaluate(recipe.eval_split("test"), metric_key_prefix="test")
+    output = run.predict(recipe.eval_split("test"), metric_key_prefix="test")
+    metrics = {key.removeprefix("test_"): value for key, value in output.metrics.items()}
+    reported = {key: value for key, value in metrics.items() if key.removesuffix("_prompted") in METRICS}
     steps = {"before tuning": run.finished_stages[:-1]}.get(name, run.finished_stages)
     weights = Path(run.args.output_dir) / "model.safetensors"
-    return Result(
+    result = Result(
         name=f"{run.args.method} {name}",
         sparsity=run.model.sparsity,
-        accuracy=metrics["test_accuracy"],
-        accuracy_prompted=metrics.get("test_accuracy_prompted"),
+        accuracy=metrics["accuracy"],
+        accuracy_prompted=metrics.get("accuracy_prompted"),
         steps=sum(stage.steps for stage in steps),
         file_bytes=None if name == "before tuning" else weights.stat().st_size,
     )
+    return Measured(result, reported, output.label_ids, predicted_classes(output.predictions))
 
 
-def report(recipe: Recipe, trainer: VPNsTrainer, references: dict[str, VPNsTrainer], results: list[Result]) -> None:
+def report(recipe: Recipe, trainer: VPNsTrainer, references: dict[str, VPNsTrainer], measured: list[Measured]) -> None:
     """Print the tables and write numbers and figures into the output folder."""
     folder, sparsity = recipe.folder, trainer.model.sparsity_report()
+    results = [each.result for each in measured]
     console = Console()
     console.print(results_table(results, title=f"Test split, {recipe.splits['test'].num_rows:,} images"))
     console.print(blocks_table(sparsity))
@@ -219,11 +247,12 @@ def report(recipe: Recipe, trainer: VPNsTrainer, references: dict[str, VPNsTrain
     (folder / "results.md").write_text(results_markdown(results) + "\n", encoding="utf-8")
     (folder / "sparsity_report.json").write_text(sparsity.to_json(), encoding="utf-8")
     metrics = {
-        "test": [asdict(result) for result in results],
+        "test": [asdict(each.result) | each.metrics for each in measured],
         "validation": {stage.name: stage.metrics for stage in trainer.finished_stages},
     }
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
     draw(recipe, trainer, references, sparsity)
+    draw_confusion(recipe, measured[-1])
     recipe.card(trainer, results, sparsity).save(folder / "README.md")
     console.print(f"The pruned model, its numbers and figures are in {folder}.")
 
@@ -237,6 +266,14 @@ def draw(recipe: Recipe, trainer: VPNsTrainer, references: dict[str, VPNsTrainer
     if trainer.model.prompt is not None:
         sample = recipe.eval_split("validation")[0]
         plot_prompt(trainer.model, sample["pixel_values"], figures / "prompt.png")
+
+
+def draw_confusion(recipe: Recipe, measured: Measured) -> None:
+    """The figure of the test split, where its classes are few enough to be read."""
+    names = recipe.splits["test"].features["label"].names
+    if len(names) <= MAX_CONFUSION_CLASSES:
+        path = recipe.folder / "figures/confusion.png"
+        plot_confusion(measured.labels, measured.predicted, names, path)
 
 
 if __name__ == "__main__":

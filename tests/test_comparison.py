@@ -26,7 +26,9 @@ from vpns_hf.comparison import (
     plot_comparison,
     read_results,
     summary_markdown,
+    transfer_markdown,
 )
+from vpns_hf.report import MISSING
 
 FORK = multiprocessing.get_context("fork")
 
@@ -476,3 +478,82 @@ def test_picture_is_written_whole_into_a_new_folder(tmp_path):
     plot_comparison([*DENSE, *many(22)], path, controls=["m3"])
     assert [file.name for file in path.parent.iterdir()] == ["comparison.png"]
     assert min(matplotlib.image.imread(path).shape[:2]) > 600
+
+
+# Masks tuned on other tasks ------------------------------------------------------------------------------------------
+
+
+def tuned(task, method, accuracies, mode="full", **changes):
+    sparsity = 0.0 if method == "dense" else 0.9
+    return runs(method, sparsity, *accuracies, task=task, mode=mode, settings=f"of {task}", **changes)
+
+
+TUNED = [
+    *tuned("dtd", "dense", (0.80, 0.84)),
+    *tuned("dtd", "dense", (0.60, 0.60), mode="linear_probe"),
+    *tuned("dtd", "vpns", (0.70, 0.72), accuracy_prompted=0.75, mode="full_source_prompt"),
+    *tuned("dtd", "omp", (0.60, 0.62)),
+    *tuned("pets", "dense", (0.50, 0.50)),
+    *tuned("pets", "vpns", (0.51, 0.53), accuracy_prompted=0.5, mode="full_source_prompt"),
+    *tuned("pets", "omp", (0.40,)),
+]
+
+
+def test_transfer_table_has_a_column_a_task():
+    rows = ["dense", "dense, linear_probe", "vpns, full_source_prompt", "omp", "random"]
+    table = transfer_markdown(TUNED, ["dtd", "pets"], rows, [0.9]).replace(MISSING, "none")
+    assert table.splitlines() == [
+        "**90% sparse**",
+        "",
+        "| method | dtd (%) | pets (%) | vs dense (points, mean of the tasks) |",
+        "|---|---:|---:|---:|",
+        "| dense | 82.00 ± 2.83 | 50.00 ± 0.00 | none |",
+        "| dense, linear_probe | 60.00 ± 0.00 | none | none |",
+        "| vpns, full_source_prompt | 71.00 ± 1.41 | 52.00 ± 1.41 | -4.50 |",
+        "| vpns, full_source_prompt, with its prompt | 75.00 ± 0.00 | 50.00 ± 0.00 | -3.50 |",
+        "| omp | 61.00 ± 1.41 | 40.00 (n=1) | -15.50 |",
+        "| random | none | none | none |",
+    ]
+    # Without being told, rows and sparsities are those that there are.
+    assert transfer_markdown(TUNED, ["dtd", "pets"]).replace(MISSING, "none") == table.rpartition("\n")[0]
+    with pytest.raises(ValueError, match="different settings"):
+        transfer_markdown([*TUNED, result(task="dtd", mode="full", settings="others")], ["dtd"])
+
+
+def test_tables_of_one_task_tell_modes_apart():
+    of_dtd = [result for result in TUNED if result.task == "dtd"]
+    table = comparison_markdown([replace(result, mask_steps=7) for result in of_dtd]).replace(MISSING, "none")
+    assert "| dense, linear_probe | 60.00 ± 0.00 | none | -22.00 | 7 |" in table
+    assert "| method | accuracy (%) | with prompt (%) | vs dense (points) | steps for the mask |" in table
+    assert "steps for the mask" not in comparison_markdown(of_dtd)
+    assert "| omp - dense, linear_probe | 90% | +1.00 ± 1.41 | 2 |" in differences_markdown(
+        of_dtd, [("omp", "dense, linear_probe")]
+    )
+
+
+def test_other_metrics_get_columns():
+    measured = [replace(run, metrics={"mean_per_class_accuracy": 0.5 + 0.1 * run.seed}) for run in HYDRA]
+    table = comparison_markdown([*DENSE, *measured]).replace(MISSING, "none").splitlines()
+    assert table[2].endswith("| mean per class accuracy (%) |")
+    assert table[4].endswith("| none |")
+    assert table[5].endswith("| 60.00 ± 10.00 |")
+
+
+def test_cells_of_a_transfer_are_kept_and_claimed_apart(tmp_path):
+    (one,) = tuned("user/data", "vpns", (0.5,), mode="linear_probe", mask_steps=3, metrics={"top5_accuracy": 1.0})
+    append_result(tmp_path / "results.jsonl", one)
+    append_result(tmp_path / "results.jsonl", replace(one, mode="full"))
+    append_result(tmp_path / "results.jsonl", replace(one, task=None, mode=None))
+    assert read_results(tmp_path / "results.jsonl") == [
+        one,
+        replace(one, mode="full"),
+        replace(one, task=None, mode=None),
+    ]
+    assert one.cell == Cell("vpns", 0.9, 0, "user/data", "linear_probe")
+    assert str(one.cell) == "user/data, vpns, linear_probe, sparsity 90%, seed 0"
+    with claim(tmp_path, one.cell) as first, claim(tmp_path, replace(one.cell, mode="full")) as second:
+        assert first
+        assert second
+    # Lines that were written before there were tasks.
+    older = {key: value for key, value in asdict(one).items() if key not in ("task", "mode", "mask_steps", "metrics")}
+    assert CellResult.from_line(json.dumps(older)).cell == Cell("vpns", 0.9, 0)

@@ -501,7 +501,7 @@ def test_hub_arguments(hub, tmp_path, monkeypatch):
 
 
 def test_a_recipe_pushes_a_complete_folder(hub, task):  # noqa: F811
-    run(task, method="hydra", push_to_hub=True, hub_model_id="me/recipe", max_steps=2, dense_reference=False)
+    run(task, method="hydra", push_to_hub=True, hub_model_id="me/recipe", max_steps=2, references=[])
     assert [commit.title for commit in hub.history("me/recipe")] == ["End of training", "initial commit"]
     figures = {"figures/density.png", "figures/training.png", "figures/prompt.png"}
     assert set(hub.files("me/recipe")) == {*MODEL_FILES, *figures, "recipe.yaml", "sparsity_report.json"}

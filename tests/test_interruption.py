@@ -259,7 +259,7 @@ def test_signal_handlers_are_put_back(tmp_path):
 
 def _recipe(folder, *launcher):
     recipe = TESTS.parent / "recipes" / "prune_vit.py"
-    flags = ["--output_dir", str(folder), "--max_steps", "40", "--dense_reference", "false", "--use_cpu", "true"]
+    flags = ["--output_dir", str(folder), "--max_steps", "40", "--references", "none", "--use_cpu", "true"]
     return [*launcher, str(recipe), *flags]
 
 

@@ -17,7 +17,7 @@ from vpns_hf.masking import kept_count
 from vpns_hf.methods import METHODS, get_method
 
 SPARSITY = 0.9
-PRUNING = [name for name in METHODS if name != "dense" and not name.startswith(("prompt_only", "recalibrate"))]
+PRUNING = [name for name, method in METHODS.items() if name != "dense" and not method.needs_pruned]
 
 
 def build(method, family="vit", **kwargs):
@@ -701,3 +701,31 @@ def test_the_readme_names_every_method():
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     table = readme.partition("## Methods")[2].partition("## ")[0]
     assert {name for name in METHODS if f"`{name}`" not in table} == set()
+
+
+@pytest.mark.parametrize("method", ["vpns", "omp", "imp", "snip", "rigl"])
+def test_the_mask_alone_is_the_mask_of_the_method(method, tmp_path):
+    settings = {"search_max_steps": 4, "max_steps": 4, "total_max_steps": -1}
+    whole = run(tmp_path / "whole", method, **settings).model
+    found = run(tmp_path / "mask", f"{method}:mask", **settings)
+    assert found.model.config.state == "frozen"
+    assert all(torch.equal(mask, whole.masks()[name]) for name, mask in found.model.masks().items())
+    names = [stage.name for stage in found.stages]
+    rounds = [stage.name for stage in get_method("imp").stages_for(True, SPARSITY)[:-1]]
+    assert (
+        names
+        == {
+            "vpns": ["warm_up", "search"],
+            "omp": ["prune"],
+            "imp": [*rounds, "prune"],
+            "snip": ["warm_up", "prune"],
+            "rigl": ["warm_up", "tune"],
+        }[method]
+    )
+    assert get_method(f"{method}:mask").needs_data == (method != "omp")
+
+
+@pytest.mark.parametrize("name", ["dense", "prompt_only", "linear_probe", "omp+prompt"])
+def test_what_finds_no_mask_is_named(name):
+    with pytest.raises(ValueError, match="finds no mask of its own"):
+        get_method(f"{name}:mask")

@@ -317,6 +317,38 @@ def test_load_subnetwork(tmp_path):
     assert alone.prompt is None
 
 
+def test_a_new_head_takes_no_mask_of_the_other_head(tmp_path):
+    shared = tiny_model("vit")
+    shared.freeze_masks()
+    shared.save_pretrained(tmp_path)
+    model = tiny_model("vit", num_labels=9)
+    head = model.prunable_weights().keys() ^ shared.prunable_weights().keys()
+    before = model.backbone.classifier.weight.detach().clone()
+    model.load_subnetwork(tmp_path)
+    assert head == {"classifier.weight"}
+    assert all(torch.equal(mask, shared.masks()[name]) for name, mask in model.masks().items())
+    assert torch.equal(model.backbone.classifier.weight, before)
+
+
+def test_load_prompt(tmp_path):
+    """The prompt moves alone, also from another backbone; masks and weights stay."""
+    shared = tiny_model("deit", prompt="fixed")
+    torch.nn.init.normal_(shared.prompt.patch)
+    shared.save_pretrained(tmp_path / "shared")
+    model = tiny_model("vit", prompt=None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_prompt(tmp_path / "shared")
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.prompt(image), shared.prompt(image))
+    assert model.config.prompt == "fixed"
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    with pytest.raises(ValueError, match=r"is made for .*; choose one for the same images"):
+        tiny_model("vit", image_mean=[0.1] * 3).load_prompt(tmp_path / "shared")
+    tiny_model("vit", prompt=None).save_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match="has no prompt; name a model that was saved with one"):
+        model.load_prompt(tmp_path / "none")
+
+
 def test_load_subnetwork_names_what_does_not_fit(tmp_path):
     shared = tiny_model("vit")
     shared.save_pretrained(tmp_path / "search")
@@ -324,7 +356,7 @@ def test_load_subnetwork_names_what_does_not_fit(tmp_path):
     shared.save_pretrained(tmp_path / "shared")
     with pytest.raises(ValueError, match="no fixed masks"):
         tiny_model("vit").load_subnetwork(tmp_path / "search")
-    other = tiny_model("vit", new_head=True, num_labels=9)
+    other = tiny_model("vit", ignore_modules=["classifier"])
     with pytest.raises(ValueError, match=r"classifier.weight: not in this model"):
         other.load_subnetwork(tmp_path / "shared")
     with pytest.raises(ValueError, match=r"deit.layers.0.*: not in the subnetwork") as error:

@@ -16,6 +16,7 @@ from vpns_hf import SparsityReport
 from vpns_hf.report import (
     Result,
     blocks_table,
+    confusion_figure,
     density_figure,
     plot_density,
     plot_prompt,
@@ -487,3 +488,22 @@ def test_a_failed_picture_leaves_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         plot_training(STAGES, path)
     assert path.read_bytes() == b"old"
+
+
+def test_confusion_counts_and_shades_rows():
+    figure = confusion_figure([0, 0, 0, 1, 2, 2], [0, 0, 1, 1, 0, 2], ["cat", "dog", "emu"])
+    axes = figure.axes[0]
+    counts = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in axes.texts}
+    assert counts == {(0, 0): "2", (0, 1): "1", (1, 1): "1", (2, 0): "1", (2, 2): "1"}
+    shares = axes.images[0].get_array()
+    assert np.allclose(shares, [[2 / 3, 1 / 3, 0], [0, 1, 0], [0.5, 0, 0.5]])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "emu"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+    assert figure.get_suptitle() == "66.67% of 6 images are right"
+
+
+def test_confusion_of_classes_without_images_and_of_too_many():
+    shares = confusion_figure([0], [1], ["a", "b", "c"]).axes[0].images[0].get_array()
+    assert np.array_equal(shares, [[0, 1, 0], [0, 0, 0], [0, 0, 0]])
+    with pytest.raises(ValueError, match="21 classes cannot be read; at most 20"):
+        confusion_figure([0], [0], [str(index) for index in range(21)])

@@ -12,7 +12,7 @@ from transformers import EvalPrediction, TrainerCallback
 
 from vpns_hf import PromptedSparseModel, VPNsTrainingArguments
 from vpns_hf.data import collate_images
-from vpns_hf.metrics import compute_accuracy
+from vpns_hf.metrics import compute_metrics
 
 SHORT = dict(save_strategy="no", max_steps=4)
 
@@ -275,7 +275,7 @@ def test_accuracy_of_probabilities():
     logits = np.array([[0.1, 0.9, 0.0], [0.8, 0.1, 0.1], [0.0, 0.2, 0.9]])
     soft = np.array([[0.2, 0.7, 0.1], [0.0, 0.6, 0.4], [0.1, 0.0, 0.9]])
     for labels in (soft, soft.argmax(-1)):
-        assert compute_accuracy(EvalPrediction(logits, labels))["accuracy"] == pytest.approx(2 / 3)
+        assert compute_metrics(EvalPrediction(logits, labels))["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_collator_that_mixes_trains(tmp_path):

@@ -25,7 +25,7 @@ from .data import load_transfer_dataset
 from .export import export_onnx, export_plain
 from .hub import PUBLISHED_FILES, clear_errors, push_folder
 from .inspection import StoredSubnetwork, inspect_folder
-from .metrics import compute_accuracy
+from .metrics import compute_metrics
 from .modeling import PromptedSparseModel
 from .report import percent, terminal_table
 from .transforms import ImageTransforms, matching_image_processor
@@ -156,7 +156,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 report_to="none",
             ),
             data_collator=collate_images,
-            compute_metrics=compute_accuracy,
+            compute_metrics=compute_metrics,
         )
         accuracies: dict[str, float | None] = {"accuracy": None, "accuracy_prompted": None}
         for name, use_prompt in (("accuracy", False), ("accuracy_prompted", True)):

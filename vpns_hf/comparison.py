@@ -1,6 +1,7 @@
 """What a comparison of pruning methods has shown: one line of JSON a cell, and tables and a picture of all cells.
 
-A cell is one method at one sparsity with one seed. Several processes may work on the cells of one folder:
+A cell is one method at one sparsity with one seed; where masks are transferred, also one target task and one way to
+tune on it. Several processes may work on the cells of one folder:
 
     for cell in cells:
         with claim(folder, cell) as won:
@@ -18,7 +19,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import count, cycle
 from pathlib import Path
 from urllib.parse import quote
@@ -35,6 +36,7 @@ from .report import MISSING, markdown_table, percent, save_figure, say, terminal
 logger = logging.getLogger(__name__)
 
 DENSE = "dense"
+FULL = "full"
 
 
 # Cells and their results ---------------------------------------------------------------------------------------------
@@ -48,11 +50,24 @@ class Cell:
         method: name of the pruning method; `"dense"` is the reference.
         sparsity: fraction of the prunable weights to remove; 0 for the reference.
         seed: of the new head, the order of the data and everything else that is drawn.
+        task: the task that the mask was transferred to; None where masks are found on the task itself.
+        mode: what was trained on it under the mask; None as there.
     """
 
     method: str
     sparsity: float
     seed: int
+    task: str | None = None
+    mode: str | None = None
+
+    def __str__(self) -> str:
+        parts = (self.task, self.method, self.mode, f"sparsity {self.sparsity:.0%}", f"seed {self.seed}")
+        return ", ".join(part for part in parts if part is not None)
+
+
+def row_name(method: str, mode: str | None) -> str:
+    """Name of a row in tables: the method, and the mode unless that is `"full"`."""
+    return method if mode in (None, FULL) else f"{method}, {mode}"
 
 
 _AMOUNTS = (
@@ -85,6 +100,10 @@ class CellResult:
         trained_weights: number of weights trained in the last stage.
         splits: which split chose what.
         settings: short digest of everything that must be equal for two results to be comparable.
+        task, mode: of the cell.
+        mask_steps: optimizer steps that found the mask on the source task, without its warm-up; None where the mask
+            was found on the task itself or is a shared one.
+        metrics: the other metrics of the test split without the prompt, by name, as fractions.
 
     Raises:
         ValueError: a number is out of its range.
@@ -106,6 +125,10 @@ class CellResult:
     trained_weights: int
     splits: dict[str, str]
     settings: str
+    task: str | None = None
+    mode: str | None = None
+    mask_steps: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "measured_sparsity", "accuracy", "accuracy_prompted", "validation_accuracy"):
@@ -116,7 +139,12 @@ class CellResult:
     @property
     def cell(self) -> Cell:
         """Which run this is."""
-        return Cell(self.method, self.sparsity, self.seed)
+        return Cell(self.method, self.sparsity, self.seed, self.task, self.mode)
+
+    @property
+    def row(self) -> str:
+        """Name of its row in tables."""
+        return row_name(self.method, self.mode)
 
     def to_line(self) -> str:
         """One line of JSON, without a newline at its end."""
@@ -232,7 +260,8 @@ def claim(folder: str | os.PathLike[str], cell: Cell) -> Iterator[bool]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    name = quote(f"{cell.method}-{cell.sparsity}-{cell.seed}.lock", safe="")
+    parts = (cell.method, cell.sparsity, cell.seed, cell.task, cell.mode)
+    name = quote("-".join(str(part) for part in parts if part is not None) + ".lock", safe="")
     lock = FileLock(folder / name, blocking=False)
     try:
         lock.acquire()
@@ -261,14 +290,16 @@ def _comparable(results: Iterable[CellResult]) -> list[CellResult]:
 
 
 def _methods(results: Iterable[CellResult]) -> list[str]:
-    """Methods in order of first appearance, without the reference."""
-    return [method for method in dict.fromkeys(result.method for result in results) if method != DENSE]
+    """Rows in order of first appearance, without the reference."""
+    return [row for row in dict.fromkeys(result.row for result in results) if row != DENSE]
 
 
 def _select(results: Iterable[CellResult], method: str, sparsity: float) -> list[CellResult]:
-    """All seeds of a method at one sparsity; the reference stands for every sparsity."""
+    """All seeds of a row at one sparsity; the reference stands for every sparsity."""
     return [
-        result for result in results if result.method == method and (method == DENSE or result.sparsity == sparsity)
+        result
+        for result in results
+        if result.row == method and (result.method == DENSE or result.sparsity == sparsity)
     ]
 
 
@@ -311,7 +342,7 @@ def paired_differences(results: Sequence[CellResult], method: str, baseline: str
         ValueError: the results were measured with different settings.
     """
     results = _comparable(results)
-    sparsities = sorted({result.sparsity for result in results if result.method == method})
+    sparsities = sorted({result.sparsity for result in results if result.row == method})
     pairs = ((sparsity, _seed_differences(results, method, baseline, sparsity)) for sparsity in sparsities)
     return [
         PairedDifference(method, baseline, sparsity, statistics.fmean(values), _spread(values), len(values))
@@ -388,6 +419,17 @@ def _deviates(row: _Row) -> bool:
     return any(abs(run.measured_sparsity - run.sparsity) >= 0.0005 for run in row.runs)
 
 
+def _metrics(rows: Iterable[_Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for run in row.runs for name in run.metrics))
+
+
+def _metric(name: str) -> Callable[[_Row], str | None]:
+    def text(row: _Row) -> str | None:
+        return _mean_and_spread([run.metrics[name] for run in row.runs if name in run.metrics], row.seeds)
+
+    return text
+
+
 def _mean(value: Callable[[CellResult], float], digits: int = 0) -> Callable[[_Row], str | None]:
     def text(row: _Row) -> str | None:
         return f"{statistics.fmean(map(value, row.runs)):,.{digits}f}" if row.runs else None
@@ -396,6 +438,7 @@ def _mean(value: Callable[[CellResult], float], digits: int = 0) -> Callable[[_R
 
 
 _ACCURACY = "accuracy (%)"
+_MASK_STEPS = "steps for the mask"
 _COLUMNS: dict[str, Callable[[_Row], str | None]] = {
     "method": lambda row: row.method,
     _ACCURACY: _accuracy,
@@ -403,6 +446,7 @@ _COLUMNS: dict[str, Callable[[_Row], str | None]] = {
     "vs dense (points)": _difference,
     "paper (its own setting, %)": _paper,
     "measured sparsity": _measured,
+    _MASK_STEPS: _mean(lambda run: run.mask_steps or 0),
     "steps": _mean(lambda run: run.steps),
     "images forward (k)": _mean(lambda run: run.forward_images / 1000, 1),
     "images backward (k)": _mean(lambda run: run.backward_images / 1000, 1),
@@ -414,6 +458,7 @@ _OPTIONAL: dict[str, Callable[[_Row], bool]] = {
     "with prompt (%)": lambda row: _prompted(row) is not None,
     "paper (its own setting, %)": lambda row: row.paper is not None,
     "measured sparsity": _deviates,
+    _MASK_STEPS: lambda row: any(run.mask_steps is not None for run in row.runs),
 }
 
 Paper = Mapping[tuple[str, float], float]
@@ -501,6 +546,57 @@ def differences_markdown(results: Sequence[CellResult], pairs: Sequence[tuple[st
     return markdown_table(("paired difference (points)", "sparsity", "mean ± standard deviation", "seeds"), rows)
 
 
+def transfer_markdown(
+    results: Sequence[CellResult],
+    tasks: Sequence[str],
+    rows: Sequence[str] | None = None,
+    sparsities: Sequence[float] | None = None,
+) -> str:
+    """One table a sparsity in Markdown of masks tuned on other tasks: a row a method and mode, a column a task.
+
+    Accuracies are means over the seeds and sample standard deviations in percent, without the prompt. A row whose runs
+    have a prompt is followed by one that was evaluated with it. The last column is the mean over the tasks of the
+    difference to `"dense"`, in percentage points; it needs both on every task. What was not run is an en dash.
+
+    Args:
+        results: of one setting for each task.
+        tasks: in the order of the columns.
+        rows: as of [`CellResult.row`], in the order to show; None: in order of first appearance.
+        sparsities: in the order to show; None: all that were run, in rising order.
+
+    Raises:
+        ValueError: the results of a task were measured with different settings.
+    """
+    by_task = {task: _comparable(result for result in results if result.task == task) for task in tasks}
+    rows = [DENSE, *(row for row in (_methods(results) if rows is None else rows) if row != DENSE)]
+    columns = ("method", *(f"{task} (%)" for task in tasks), "vs dense (points, mean of the tasks)")
+    tables = []
+    for sparsity in _sparsities(results) if sparsities is None else sparsities:
+        blocks = [{row: _select(by_task[task], row, sparsity) for row in rows} for task in tasks]
+        lines = [line for row in rows for line in _transfer_lines(row, blocks)]
+        tables.append(f"**{_percentage(sparsity)} sparse**\n\n{markdown_table(columns, lines)}")
+    return "\n\n".join(tables)
+
+
+def _transfer_lines(row: str, blocks: Sequence[Mapping[str, list[CellResult]]]) -> Iterator[tuple[str, ...]]:
+    """The row of the table, and the one evaluated with the prompt where there is a prompt."""
+    plain = [[run.accuracy for run in block[row]] for block in blocks]
+    prompted = [[run.accuracy_prompted for run in block[row] if run.accuracy_prompted is not None] for block in blocks]
+    dense = [[run.accuracy for run in block[DENSE]] for block in blocks]
+    for name, accuracies in ((row, plain), (f"{row}, with its prompt", prompted)):
+        if name != row and not any(accuracies):
+            continue
+        seeds = max(len(runs) for block in blocks for runs in block.values())
+        texts = [_mean_and_spread(values, seeds) or MISSING for values in accuracies]
+        is_whole = name != DENSE and all(accuracies) and all(dense)
+        gaps = [
+            statistics.fmean(ours) - statistics.fmean(theirs)
+            for ours, theirs in zip(accuracies, dense, strict=True)
+            if is_whole
+        ]
+        yield name, *texts, f"{100 * statistics.fmean(gaps):+.2f}" if gaps else MISSING
+
+
 def _markdown(block: _Block) -> str:
     return f"**{block.title}**\n\n{markdown_table(block.columns, block.rows)}"
 
@@ -512,17 +608,25 @@ def _blocks(
     for (method, sparsity), accuracy in paper.items():
         _check_range(f"paper[{method!r}, {sparsity}]", accuracy, 1)
     wanted = _methods(results) if methods is None else [method for method in methods if method != DENSE]
-    if sparsities is None:
-        sparsities = sorted({run.sparsity for run in results if run.method != DENSE}) or [0.0]
+    sparsities = _sparsities(results) if sparsities is None else sparsities
     return [_block(results, [DENSE, *wanted], sparsity, paper) for sparsity in sparsities]
+
+
+def _sparsities(results: Iterable[CellResult]) -> list[float]:
+    return sorted({run.sparsity for run in results if run.method != DENSE}) or [0.0]
 
 
 def _block(results: Sequence[CellResult], methods: Sequence[str], sparsity: float, paper: Paper) -> _Block:
     runs = {method: _select(results, method, sparsity) for method in methods}
     seeds = max(map(len, runs.values()))
     rows = [_Row(method, runs[method], runs[DENSE], seeds, _of_paper(paper, method, sparsity)) for method in methods]
-    shown = [name for name in _COLUMNS if name not in _OPTIONAL or any(map(_OPTIONAL[name], rows))]
-    cells = [tuple(_COLUMNS[name](row) or MISSING for name in shown) for row in rows]
+    shown = {
+        name: text
+        for name, text in _COLUMNS.items()
+        if name not in _OPTIONAL or any(_OPTIONAL[name](row) for row in rows)
+    }
+    shown |= {f"{name.replace('_', ' ')} (%)": _metric(name) for name in _metrics(rows)}
+    cells = [tuple(text(row) or MISSING for text in shown.values()) for row in rows]
     means = {0: "nothing run yet", 1: "1 seed"}.get(seeds, f"mean ± standard deviation of {seeds} seeds")
     return _Block(f"{_percentage(sparsity)} sparse, {means}", tuple(shown), cells)
 
@@ -600,7 +704,7 @@ def comparison_figure(results: Sequence[CellResult], controls: Collection[str] =
     """
     results = _comparable(results)
     curves = [_curve(results, method) for method in _methods(results)]
-    dense = [_curve(results, DENSE)] if any(result.method == DENSE for result in results) else []
+    dense = [_curve(results, DENSE)] if any(result.row == DENSE for result in results) else []
     figure = Figure(figsize=(10.5, max(5.5, 1.5 + 0.26 * len(curves))), layout="constrained")
     axes = figure.add_subplot()
     for reference in dense:
@@ -618,7 +722,7 @@ def comparison_figure(results: Sequence[CellResult], controls: Collection[str] =
 def _curve(results: Sequence[CellResult], method: str) -> _Curve:
     accuracies: dict[float, list[float]] = {}
     for result in results:
-        if result.method == method:
+        if result.row == method:
             accuracies.setdefault(result.sparsity, []).append(result.accuracy)
     return _Curve(method, accuracies)
 

@@ -107,6 +107,16 @@ class Method:
     needs_pruned: bool = False
     is_control: bool = False
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether any of its stages needs images, apart from the warm-up of a new head."""
+        stages = [entry.stage if isinstance(entry, Rounds) else entry for entry in self.stages]
+        stages = [stage for stage in stages if stage.length != "warm_up"]
+        before = [step for stage in stages for step in stage.before]
+        return any(stage.roles for stage in stages) or any(
+            not isinstance(step, Select) or step.needs_data for step in before
+        )
+
     def stages_for(self, new_head: bool, sparsity: float) -> tuple[Stage, ...]:
         """The stages that run on a model with or without a new head, for a sparsity."""
         expanded = [
@@ -128,6 +138,8 @@ TUNE = Stage("tune", WEIGHTS, "frozen", "tune")
 PROMPTED_SEARCH = replace(SEARCH, roles=SCORES | PROMPT, batches="prompted")
 PROMPTED_TUNE = replace(TUNE, roles=WEIGHTS | PROMPT, batches="prompted")
 PROMPT_ALONE = Stage("prompt", PROMPT, "frozen", "tune", batches="prompted", eval_backbone=True)
+# The head of a model that is pruned already, on the backbone as it is.
+PRUNED_WARM_UP = replace(WARM_UP, state="frozen", sparsity=None)
 
 
 def prune_and_tune(*before: Preparation) -> tuple[Stage, ...]:
@@ -288,6 +300,24 @@ METHODS: dict[str, Method] = {
         "Layer by layer, the kept weights corrected for the pruned ones, no training (arXiv 2301.00774).",
         prune_only(Reconstruct(), RecalibrateBatchNorm()),
     ),
+    # Under a mask that is there already, on a task that is new to the model
+    "tune": Method(
+        "Tune the kept weights under the mask as it is, after a new head.",
+        (PRUNED_WARM_UP, TUNE),
+        needs_pruned=True,
+    ),
+    "linear_probe": Method(
+        "Train a new head alone on the backbone as it is pruned; BatchNorm statistics stay.",
+        (Stage("probe", frozenset({"head"}), "frozen", "tune", eval_backbone=True),),
+        backbone={"new_head": True},
+        needs_pruned=True,
+    ),
+    "prompt_only_new_head": Method(
+        "Train a new head, then a prompt alone, on the model as it is pruned; BatchNorm statistics stay.",
+        (replace(PRUNED_WARM_UP, eval_backbone=True), PROMPT_ALONE),
+        uses_prompt=True,
+        needs_pruned=True,
+    ),
     # Controls
     "vpns_zero_prompt": Method(
         "Control: the loop of VPNs with the prompt held at zero, that is, without it.",
@@ -343,14 +373,18 @@ METHODS: dict[str, Method] = {
 }
 
 WITH_PROMPT = "+prompt"
+MASK_ALONE = ":mask"
 
 
 def get_method(name: str) -> Method:
-    """The method of that name; `"<name>+prompt"` is the same method with a prompt in its last stage.
+    """The method of that name; `"<name>+prompt"` is the same method with a prompt in its last stage, `"<name>:mask"`
+    the part of it that finds the mask.
 
     Raises:
-        ValueError: there is none, or it has a prompt already, or trains nothing in its last stage.
+        ValueError: there is none, or it has a prompt already, or trains nothing in its last stage, or finds no mask.
     """
+    if name.endswith(MASK_ALONE):
+        return _mask_alone(name.removesuffix(MASK_ALONE))
     base = name.removesuffix(WITH_PROMPT)
     if base not in METHODS:
         raise ValueError(
@@ -377,3 +411,18 @@ def _with_prompt(name: str) -> Method:
         stages=(*first, last),
         uses_prompt=True,
     )
+
+
+def _mask_alone(name: str) -> Method:
+    """The method without the tuning that follows once its mask is final; weights stay, or are rewound, as it says."""
+    method = get_method(name)
+    *first, last = method.stages
+    if method.needs_pruned or name == "dense" or name.endswith(WITH_PROMPT):
+        raise ValueError(f"`method` is '{name}{MASK_ALONE}', but {name} finds no mask of its own.")
+    if isinstance(last, Rounds) or last.state != "frozen" or type(last.masks) is not MaskSchedule:
+        # Its mask moves until the end.
+        return method
+    stages = (*first, replace(last, name="prune", roles=frozenset())) if last.before else tuple(first)
+    method = replace(method, description=f"The mask of: {method.description}", stages=stages)
+    # Without data it looks at the weights of the backbone alone, and a head would be trained for nothing.
+    return method if method.needs_data else replace(method, stages=stages[1:])

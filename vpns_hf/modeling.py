@@ -619,7 +619,8 @@ class PromptedSparseModel(PreTrainedModel):
         """Freeze this model with the masks of a shared subnetwork; its weights stay this model's own.
 
         Args:
-            pretrained_model_name_or_path: Hub id or folder of a subnetwork of the same backbone.
+            pretrained_model_name_or_path: Hub id or folder of a subnetwork of the same backbone. Masks of its head
+                are left out where this model has a new one, which is never pruned.
             prompt: take over its visual prompt, too, if it has one.
             kwargs: passed to `from_pretrained` (`revision`, `token`, ...).
 
@@ -634,21 +635,42 @@ class PromptedSparseModel(PreTrainedModel):
                 "save it after `freeze_masks()`."
             )
         masks = other.masks()
+        if self.config.new_head:
+            masks = {name: mask for name, mask in masks.items() if name not in self.config.head_parameters}
         if wrong := _differences(self.masks(), masks):
             raise ValueError(
                 f"The subnetwork {pretrained_model_name_or_path} does not fit this {type(self.backbone).__name__}:\n"
                 + "\n".join(wrong)
             )
         if prompt and other.prompt is not None:
-            if self.config.image_size is not None and other.config.geometry != self.config.geometry:
-                raise ValueError(
-                    f"The prompt of {pretrained_model_name_or_path} is made for {other.config.geometry}, and this "
-                    f"model takes {self.config.geometry}; pass `prompt=False` to load its masks alone."
-                )
-            self.prompt = other.prompt.to(self.device)
-            for name in PROMPT_FIELDS:
-                setattr(self.config, name, getattr(other.config, name))
+            self._take_prompt(other, f"{pretrained_model_name_or_path}", "pass `prompt=False` to load its masks alone")
         self.apply_masks({name: mask.to(self.device) for name, mask in masks.items()})
+
+    def load_prompt(self, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Take over the visual prompt of a shared subnetwork, of this or another backbone, and nothing else.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder of a saved [`PromptedSparseModel`].
+            kwargs: passed to `from_pretrained` (`revision`, `token`, ...).
+
+        Raises:
+            ValueError: it has no prompt, or one for other images.
+        """
+        other = type(self).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if other.prompt is None:
+            raise ValueError(f"{pretrained_model_name_or_path} has no prompt; name a model that was saved with one.")
+        self._take_prompt(other, f"{pretrained_model_name_or_path}", "choose one for the same images")
+
+    def _take_prompt(self, other: PromptedSparseModel, name: str, remedy: str) -> None:
+        assert other.prompt is not None
+        if self.config.image_size is not None and other.config.geometry != self.config.geometry:
+            raise ValueError(
+                f"The prompt of {name} is made for {other.config.geometry}, and this model takes "
+                f"{self.config.geometry}; {remedy}."
+            )
+        self.prompt = other.prompt.to(self.device)
+        for field in PROMPT_FIELDS:
+            setattr(self.config, field, getattr(other.config, field))
 
     def prunable_weights(self) -> dict[str, nn.Parameter]:
         """The parameters that store the prunable weights, by backbone parameter name, in any state."""

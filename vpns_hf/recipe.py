@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import logging
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,13 +126,24 @@ class DataArguments:
     )
 
 
+@dataclass
+class DryRunArguments:
+    """Base of what a recipe adds to the arguments of model, data and training."""
+
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Build model, data and arguments, print a summary, and stop before training."},
+    )
+
+
 def parse_recipe(
     argument_classes: Sequence[type], arguments: Iterable[str] | None = None, default_config: Path | None = None
 ) -> tuple[Any, ...]:
     """Read `[--config file.yaml] [--flag value]` into dataclasses.
 
-    In the YAML file a string that starts with `./` or `../` is a path relative to the file. Batch size and learning
-    rates that neither the file nor a flag gives are those of the data set's row, see [`apply_task_settings`].
+    In the YAML file a string, also one in a list, that starts with `./` or `../` is a path relative to the file. Batch
+    size and learning rates that neither the file nor a flag gives are those of the data set's row, see
+    [`apply_task_settings`].
 
     Args:
         argument_classes: dataclasses, whose fields are the valid keys and flags.
@@ -182,13 +193,13 @@ def _given_flags(argument_classes: Sequence[type], flags: Sequence[str]) -> set[
 def apply_task_settings(data_args: DataArguments, args: VPNsTrainingArguments, given: Collection[str]) -> None:
     """Train on a data set of `TRANSFER_TASKS` as the paper did, wherever nothing else was asked for.
 
-    Sets batch size, optimizers and learning rates in `args`. A learning rate of the table goes with its optimizer, so
-    it is left alone where another optimizer was asked for. The batch size of the table is that of an optimizer step:
-    every process gets its part of it for each accumulation step.
+    Sets batch size, optimizers and learning rates in `args`, and the metrics that the data set is measured by. A
+    learning rate of the table goes with its optimizer, so it is left alone where another optimizer was asked for. The
+    batch size of the table is that of an optimizer step: every process gets its part of it for each accumulation step.
 
     Args:
-        data_args: names the data set; other data sets than those of the table, and rows without runs of the paper,
-            change nothing.
+        data_args: names the data set; other data sets than those of the table change nothing, and rows without
+            runs of the paper the metrics alone.
         args: changed in place.
         given: names of the arguments that were asked for, which stay as they are.
 
@@ -196,6 +207,8 @@ def apply_task_settings(data_args: DataArguments, args: VPNsTrainingArguments, g
         ValueError: the batch size cannot be shared out over processes and accumulation steps.
     """
     task = TRANSFER_TASKS.get(data_args.dataset_name)
+    if task is not None and "metrics" not in given:
+        args.metrics = list(task.metrics[1:]) or None
     if task is None or task.paper is None:
         return
     taken: dict[str, Any] = {}
@@ -232,6 +245,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _resolve(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_resolve(entry, folder) for entry in value]
     is_relative = isinstance(value, str) and value.startswith(("./", "../"))
     return str((folder / value).resolve()) if is_relative else value
 
@@ -301,11 +316,20 @@ class Experiment:
             _report_duplicates(splits, data.preprocessing_num_workers)
         return splits
 
-    def trainer(self, args: VPNsTrainingArguments) -> VPNsTrainer:
-        """A trainer of the freshly wrapped backbone; prompted batches are not augmented, unless asked for."""
+    def trainer(
+        self, args: VPNsTrainingArguments, prepare: Callable[[PromptedSparseModel], None] | None = None
+    ) -> VPNsTrainer:
+        """A trainer of the freshly wrapped backbone; prompted batches are not augmented, unless asked for.
+
+        Args:
+            args: of the run.
+            prepare: changes the model before the trainer is made, as loading a subnetwork does.
+        """
         set_seed(args.seed)
         processor = self._load_processor()
         model = self._build_model(processor, args)
+        if prepare is not None:
+            prepare(model)
         processor = matching_image_processor(processor, *model.config.geometry)
         self.transforms = ImageTransforms(processor, *model.config.geometry, self.data_args.augmentation)
         with args.main_process_first(desc="resizing images"):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,7 +56,7 @@ from .interruption import StopSignals, leave
 from .label_mapping import count_predictions, map_labels
 from .mask_schedules import MaskSchedule, Moment, keep_all
 from .methods import Method, Stage, get_method
-from .metrics import compute_accuracy
+from .metrics import compute_metrics
 from .model_card import StageSettings
 from .modeling import PromptedSparseModel
 from .optimizers import OptimizerByRole, build_optimizer, weight_groups
@@ -214,7 +215,8 @@ class VPNsTrainer(Trainer):
             released code); None: `train_dataset`.
         eval_dataset: the validation data.
         processing_class: the image processor, saved with the model.
-        kwargs: the other arguments of [`~transformers.Trainer`]. Without `compute_metrics` the accuracy is computed.
+        kwargs: the other arguments of [`~transformers.Trainer`]. Without `compute_metrics` those of
+            `args.metrics` are computed.
 
     Raises:
         ValueError: the model does not fit the method, or the data cannot be drawn by index.
@@ -298,7 +300,7 @@ class VPNsTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             data_collator=kwargs.pop("data_collator", collate_images),
-            compute_metrics=kwargs.pop("compute_metrics", compute_accuracy),
+            compute_metrics=kwargs.pop("compute_metrics", partial(compute_metrics, names=args.reported_metrics)),
             callbacks=[StageCallback(self), Counters(), *(callbacks or [])],
             **kwargs,
         )
@@ -634,19 +636,25 @@ class VPNsTrainer(Trainer):
     def stage_settings(self) -> list[StageSettings]:
         """How the finished stages trained, for the model card."""
         stages = {stage.name: stage for stage in self.stages}
+        return [self._settings_of(stages[finished.name], finished.steps) for finished in self.finished_stages]
+
+    def planned_stages(self) -> list[StageSettings]:
+        """How the stages will train, before any of them has run."""
+        present = self.stage, self.stage_index
+        planned = []
+        for index, stage in enumerate(self.stages):
+            self.stage, self.stage_index = stage, index
+            with self._stage_arguments(stage, Path(self.args.output_dir), is_last=False):
+                steps = self.args.max_steps if self.args.max_steps > 0 else self._steps(self.args.num_train_epochs)
+            planned.append(self._settings_of(stage, steps if stage.roles else 0))
+        self.stage, self.stage_index = present
+        return planned
+
+    def _settings_of(self, stage: Stage, steps: int) -> StageSettings:
         present = {role for role, parameters in self.model.parameters_by_role().items() if parameters} | {"scores"}
-        return [
-            StageSettings(
-                finished.name,
-                finished.steps,
-                {
-                    role: (settings.optim, settings.learning_rate)
-                    for role in sorted(stages[finished.name].roles & present)
-                    for settings in [self.args.role_settings(role, stages[finished.name])]
-                },
-            )
-            for finished in self.finished_stages
-        ]
+        settings = {role: self.args.role_settings(role, stage) for role in sorted(stage.roles & present)}
+        optimizers = {role: (chosen.optim, chosen.learning_rate) for role, chosen in settings.items()}
+        return StageSettings(stage.name, steps, optimizers)
 
     def load_stage(self, name: str) -> PromptedSparseModel:
         """The model as a finished stage left it.

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from .methods import Stage, get_method
+from .metrics import get_metric
 from .optimizers import NOT_IN_TRAINER, RoleSettings
 
 PROMPT_MIXINGS = ("alternate", "always", "never")
@@ -114,6 +115,13 @@ class VPNsTrainingArguments(TrainingArguments):
         metadata={"help": "Which batches are prompted: alternate (prompted and plain in turn), always or never."},
     )
     eval_prompt: str = field(default="both", metadata={"help": "Evaluate without the prompt, with it, or both."})
+    metrics: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Metrics reported beside accuracy: mean_per_class_accuracy, top5_accuracy, "
+            "expected_calibration_error."
+        },
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of every role."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 clips nothing."})
@@ -139,6 +147,8 @@ class VPNsTrainingArguments(TrainingArguments):
         get_method(self.method)
         _check_choice("prompt_mixing", self.prompt_mixing, PROMPT_MIXINGS)
         _check_choice("eval_prompt", self.eval_prompt, EVAL_PROMPTS)
+        for name in self.reported_metrics:
+            get_metric(name)
         strategy = HubStrategy(self.hub_strategy)
         if self.push_to_hub and strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
@@ -176,6 +186,11 @@ class VPNsTrainingArguments(TrainingArguments):
     @property
     def _uses_fsdp(self) -> bool:
         return bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+    @property
+    def reported_metrics(self) -> list[str]:
+        """Accuracy, and what `metrics` names beside it."""
+        return list(dict.fromkeys(["accuracy", *(self.metrics or [])]))
 
     def role_settings(self, role: str, stage: Stage) -> RoleSettings:
         """Optimizer, learning rate and schedule of a role in a stage."""
