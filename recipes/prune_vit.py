@@ -253,7 +253,9 @@ def report(recipe: Recipe, trainer: VPNsTrainer, references: dict[str, VPNsTrain
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
     draw(recipe, trainer, references, sparsity)
     draw_confusion(recipe, measured[-1])
-    recipe.card(trainer, results, sparsity).save(folder / "README.md")
+    card = recipe.card(trainer, results, sparsity)
+    (folder / "card.json").write_text(card.to_json(), encoding="utf-8")
+    card.save(folder / "README.md")
     console.print(f"The pruned model, its numbers and figures are in {folder}.")
 
 

@@ -1,13 +1,16 @@
 """The model card: what it says, its metadata, and renewing it."""
 
 import re
+from pathlib import Path
 
+import pytest
 from huggingface_hub import ModelCard
 from models import tiny_model
 
 from vpns_hf.model_card import BEGIN, END, StageSettings, SubnetworkCard
 from vpns_hf.report import Result
 
+CARDS = Path(__file__).parents[1] / "model_cards"
 RESULTS = [
     Result("dense fine-tuned", 0.0, 0.84, None, 300, 4000),
     Result("vpns after tuning", 0.5, 0.8225, 0.83, 300, 2100),
@@ -180,3 +183,23 @@ def test_a_foreign_card_keeps_its_text(tmp_path):
     merged = ModelCard.load(path)
     assert merged.text.index("# Theirs") < merged.text.index(BEGIN) < merged.text.index(END)
     assert merged.data.tags[:2] == ["mine", "vpns_hf"]
+
+
+def test_the_facts_of_a_card_survive_json():
+    facts = card()
+    again = SubnetworkCard.from_json(facts.to_json())
+    assert again == facts
+    assert str(again.render()) == str(facts.render())
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in sorted(CARDS.glob("*/card.json"))])
+def test_released_cards_are_what_the_template_makes_of_their_facts(name):
+    folder = CARDS / name
+    facts = SubnetworkCard.from_json((folder / "card.json").read_text(encoding="utf-8"))
+    assert (folder / "README.md").read_text(encoding="utf-8") == str(facts.render())
+    assert facts.figures
+    assert all((folder / figure).is_file() for figure in facts.figures.values())
+
+
+def test_the_card_of_the_demo_is_there():
+    assert (CARDS / "vpns-demo/card.json").is_file()

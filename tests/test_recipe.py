@@ -138,7 +138,7 @@ def test_recipe_from_end_to_end(task, capsys, monkeypatch):
     assert printed.count("[stage ") == 8  # warm-up, search, tune; the same of the control; no search of the dense one
     files = {path.name for path in out.iterdir()}
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "recipe.yaml", "metrics.json"} <= files
-    assert {"sparsity_report.json", "results.md", "figures", "stages.json", "README.md"} <= files
+    assert {"sparsity_report.json", "results.md", "figures", "stages.json", "README.md", "card.json"} <= files
     figures = {"density.png", "training.png", "prompt.png", "confusion.png"}
     assert {path.name for path in (out / "figures").iterdir()} == figures
     assert not list(out.rglob("*.bin"))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Self
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .hub import BEGIN, END, TAGS, merge_cards
 from .report import Result, markdown_table, percent, results_markdown
-from .sparsity import SparsityReport
+from .sparsity import LayerSparsity, SparsityReport
 from .version import __version__
 
 TEMPLATE = "template.md"
@@ -59,6 +61,7 @@ class SubnetworkCard:
         has_prompt: whether it has one.
         figures: paths of pictures within the repository, by their captions.
         license: identifier of the licence, as the Hub spells it; None leaves it out.
+        version: of this library, when the model was made.
     """
 
     title: str
@@ -78,6 +81,25 @@ class SubnetworkCard:
     has_prompt: bool = False
     figures: dict[str, str] = field(default_factory=dict)
     license: str | None = None
+    version: str = __version__
+
+    def to_json(self) -> str:
+        """All facts as a JSON object, from which the card can be rendered again."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The facts that [`~SubnetworkCard.to_json`] gave."""
+        facts = json.loads(text)
+        report = facts["sparsity"]
+        report["layers"] = tuple(LayerSparsity(**layer) for layer in report["layers"])
+        facts["sparsity"] = SparsityReport(**report)
+        facts["results"] = [Result(**result) for result in facts["results"]]
+        facts["stages"] = [
+            StageSettings(stage["name"], stage["steps"], {role: tuple(how) for role, how in stage["roles"].items()})
+            for stage in facts["stages"]
+        ]
+        return cls(**facts)
 
     def metadata(self) -> ModelCardData:
         """The YAML block of the card; accuracies are those of the last result."""
@@ -119,7 +141,6 @@ class SubnetworkCard:
             card=self,
             begin=BEGIN,
             end=END,
-            version=__version__,
             kept=percent(1 - self.sparsity.sparsity),
             kept_weights=f"{self.sparsity.kept:,}",
             prunable_weights=f"{self.sparsity.total:,}",
