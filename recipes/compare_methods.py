@@ -49,6 +49,7 @@ DEMO = Path(__file__).parent / "comparison" / "demo.yaml"
 NOT_A_SETTING = (
     *("method", "sparsity", "seed", "methods", "sparsities", "seeds", "only_report", "reference", "paper_numbers"),
     *("output_dir", "run_name", "logging_dir", "token", "cache_dir", "disable_tqdm", "logging_steps", "report_to"),
+    *("cache_images", "check_duplicates", "preprocessing_num_workers"),
 )
 
 
