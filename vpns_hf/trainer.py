@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -746,6 +747,8 @@ class VPNsTrainer(Trainer):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+            if self.args.world_size > 1:
+                self._correct_loss(output, metric_key_prefix)
             suffix = "_prompted" if use_prompt else ""
             outputs.append(
                 output._replace(metrics={f"{name}{suffix}": value for name, value in output.metrics.items()})
@@ -753,6 +756,17 @@ class VPNsTrainer(Trainer):
         return outputs[0]._replace(
             metrics={name: value for output in outputs for name, value in output.metrics.items()}
         )
+
+    def _correct_loss(self, output: EvalLoopOutput, prefix: str) -> None:
+        """Compute the loss from the predictions of each image, as one process has it.
+
+        On several processes the last batches are filled with images shown before, which Trainer's mean loss counts.
+        """
+        has_own_loss = self.compute_loss_func is not None or self.label_smoother is not None
+        if output.predictions is None or output.label_ids is None or has_own_loss:
+            return
+        logits, labels = torch.as_tensor(output.predictions).float(), torch.as_tensor(output.label_ids)
+        output.metrics[f"{prefix}_loss"] = float(F.cross_entropy(logits, labels))
 
     def _evaluated_roles(self) -> list[bool]:
         if not self.method.uses_prompt and self.args.eval_prompt != "with":
