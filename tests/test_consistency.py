@@ -34,3 +34,18 @@ def test_hash_of_two_exchanged_entries_differs():
     exchanged = tensor.clone()
     exchanged[[3, 700]] = tensor[[700, 3]]
     assert hash_tensor(tensor) != hash_tensor(exchanged)
+
+
+def test_hash_sees_an_even_number_of_flipped_signs():
+    tensor = torch.rand(1000) + 1
+    flipped = tensor.clone()
+    flipped[[1, 3, 101, 999]] *= -1
+    assert hash_tensor(tensor) != hash_tensor(flipped)
+
+
+def test_hash_of_a_view_and_of_odd_sizes():
+    whole = torch.arange(100, dtype=torch.bfloat16)
+    assert hash_tensor(whole[1:8]) == hash_tensor(whole[1:8].clone())
+    assert hash_tensor(whole[:3]) != hash_tensor(whole[:4])
+    assert hash_tensor(torch.tensor(2.0)) != hash_tensor(torch.tensor(3.0))
+    assert hash_tensor(whole[:0]) == 0
