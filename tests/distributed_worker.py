@@ -188,6 +188,8 @@ def sharded_model(scope):
             sharding.local(weight).add_(1)
     model.zero_masked_weights()
     assert not any(sharding.whole(weights[n])[~sharding.whole(mask)].any() for n, mask in model.masks().items())
+    # Whole masks may be applied to a sharded model.
+    assert model.apply_masks({name: mask.clone() for name, mask in whole.masks().items()}) == 0
     with torch.no_grad():
         for name, weight in weights.items():
             sharding.local(weight).sub_(sharding.local(model.masks()[name]).to(weight.dtype))

@@ -344,9 +344,9 @@ class VPNsTrainer(Trainer):
         self._enter(stage, record, checkpoint)
         self.model_wrapped = self.model
         # Masks follow from the scores on every process, so DDP need not send them before every forward.
-        names = {id(buffer): name for name, buffer in self.model.named_buffers()}
+        masks = {id(mask) for mask in self.model.masks().values()}
         self.model._ddp_params_and_buffers_to_ignore = [
-            names[id(mask)] for mask in self.model.masks().values() if id(mask) in names
+            name for name, buffer in self.model.named_buffers() if id(buffer) in masks
         ]
         with self._stage_arguments(stage, folder, is_last=stage is stages[-1]):
             output = self._run(stage, checkpoint, **kwargs)
