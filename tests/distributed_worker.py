@@ -56,10 +56,10 @@ def ddp(folder):
     assert trainer.model_wrapped is trainer.model
     run(folder / "uneven", length=15)
     consistency(folder)
-
-
-def even(folder):
-    run(folder, use_cpu=not torch.cuda.is_available())
+    sharded_selection()
+    for scope in ("global", "row"):
+        sharded_model(scope)
+    (folder / "sharded").touch()
 
 
 class Tamper(TrainerCallback):
@@ -134,14 +134,6 @@ def assert_same_masks(model, other):
         assert torch.equal(sharding.whole(mask), expected[name]), name
 
 
-def sharded(folder):
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    sharded_selection()
-    for scope in ("global", "erk", "row"):
-        sharded_model(scope)
-
-
 def sharded_selection():
     """Rows that do not divide, fewer rows than processes, ties, half precision."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -196,6 +188,8 @@ def sharded_model(scope):
             sharding.local(weight).add_(1)
     model.zero_masked_weights()
     assert not any(sharding.whole(weights[n])[~sharding.whole(mask)].any() for n, mask in model.masks().items())
+    # Whole masks may be applied to a sharded model.
+    assert model.apply_masks({name: mask.clone() for name, mask in whole.masks().items()}) == 0
     with torch.no_grad():
         for name, weight in weights.items():
             sharding.local(weight).sub_(sharding.local(model.masks()[name]).to(weight.dtype))
@@ -238,18 +232,38 @@ def accumulated(folder):
     run(folder, per_device_train_batch_size=1, gradient_accumulation_steps=2)
 
 
+VARIANTS = {
+    "plain": {},
+    "best": dict(
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True
+    ),
+    "gmp": dict(method="gmp", max_grad_norm=1.0),
+    "acdc": dict(method="acdc", num_train_epochs=5),
+}
+
+
+def variants(folder, names=tuple(VARIANTS), callbacks=()):
+    """Runs to compare ways to spread a model by."""
+    device = dict(use_cpu=not torch.cuda.is_available())
+    return [run(folder / name, callbacks=list(callbacks), **VARIANTS[name], **device) for name in names]
+
+
+class AllSharded(TrainerCallback):
+    """Fails unless parameters and masks are split while the model trains."""
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        assert all(isinstance(mask, DTensor) for mask in model.masks().values())
+
+
 def fsdp2(folder):
-    """VPNsTrainer under FSDP2, with and without an interruption."""
-    settings = dict(save_strategy="steps", save_steps=2, use_cpu=not torch.cuda.is_available())
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, model, **kwargs):
-            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-            assert all(isinstance(mask, DTensor) for mask in model.masks().values())
-
-    trainer = run(folder / "whole", callbacks=[Watch()], **settings)
+    """VPNsTrainer under FSDP2, with and without an interruption; a model that was not trained is evaluated, too."""
+    trainer = variants(folder, callbacks=[AllSharded()])[0]
     assert trainer.accelerator.is_fsdp2
     trainer.save_model()
+    searched = VPNsTrainer(trainer.load_stage("search"), trainer.args, eval_dataset=trainer.eval_dataset)
+    assert searched.evaluate()["eval_loss"] == trainer.finished_stages[0].metrics["eval_loss"]
+    settings = dict(save_strategy="steps", save_steps=2, use_cpu=not torch.cuda.is_available())
     try:
         run(folder / "stopped", callbacks=[StopAt("search", 3)], **settings)
         raise AssertionError("the run was not stopped")
@@ -270,7 +284,8 @@ def fsdp2_on_cpu(folder):
 
     def pretend(self, model, args, *rest, **kwargs):
         assert args.device.type == "cpu"
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if PartialState._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         init(self, model, args, *rest, **kwargs)
 
     VPNsTrainer.__init__ = pretend

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import data, run
+from distributed_worker import VARIANTS, data, run
 from safetensors.torch import load_file
 from test_trainer import _history, fresh, make_trainer
 
@@ -22,7 +22,6 @@ from vpns_hf import VPNsTrainingArguments
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "recipes/accelerate_configs"
-STAGES = ("0-search", "1-tune")
 
 
 def launch(job, folder, config="ddp_cpu", timeout=300, processes=2, **environment):
@@ -55,7 +54,9 @@ def launch_whole(job, folder, **kwargs):
 
 def assert_same_run(folder, expected, exactly=False):
     """The model after each stage and the metrics of all stages: masks equal, the rest equal or close."""
-    for stage in STAGES:
+    stages = sorted(path.name for path in expected.glob("?-*"))
+    assert stages
+    for stage in stages:
         state, other = (load_file(path / stage / "model/model.safetensors") for path in (folder, expected))
         assert set(state) == set(other)
         for name, tensor in state.items():
@@ -100,8 +101,9 @@ def test_processes_that_differ_are_found_on_all_of_them(ddp):
             assert message.startswith(f"The processes hold different {kind} after step 2: process 1 against process 0")
 
 
-def test_sharded_models_equal_whole_ones(tmp_path):
-    launch_whole("sharded", tmp_path)
+def test_sharded_models_equal_whole_ones(ddp):
+    """Asserted inside: `sharded_selection` and `sharded_model` of the worker, which the same launch runs last."""
+    assert (ddp / "sharded").is_file()
 
 
 def test_one_process_killed_ends_all(tmp_path):
@@ -167,22 +169,26 @@ def test_a_configuration_that_cannot_run_says_so(config, tmp_path):
 @pytest.mark.slow
 def test_trainer_with_fsdp2_pretended_on_cpus(tmp_path):
     """accelerate is told that CPUs are GPUs, so that all of its FSDP2 runs but nccl: equal to DDP, resumed too."""
-    launch_whole("fsdp2_on_cpu", tmp_path, config="fsdp2", timeout=500)
-    launch_whole("even", tmp_path / "ddp")
-    assert_same_run(tmp_path / "whole", tmp_path / "ddp")
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole", exactly=True)
-    assert (tmp_path / "whole/model.safetensors").is_file()
+    launch_whole("fsdp2_on_cpu", tmp_path / "fsdp2", config="fsdp2", timeout=500)
+    launch_whole("variants", tmp_path / "ddp", timeout=500)
+    assert_same_variants(tmp_path / "fsdp2", tmp_path / "ddp")
+
+
+def assert_same_variants(fsdp2, ddp):
+    for name in VARIANTS:
+        assert_same_run(fsdp2 / name, ddp / name)
+    assert_same_run(fsdp2 / "stopped", fsdp2 / "plain")
+    assert (fsdp2 / "plain/model.safetensors").is_file()
 
 
 @pytest.mark.slow
 def test_trainer_with_zero2_on_cpus(tmp_path):
     """DeepSpeed's own support of CPUs, with gloo: equal to DDP, resumed too."""
     pytest.importorskip("deepspeed")
-    launch_whole("resumed", tmp_path, config="deepspeed_zero2", timeout=500, DS_ACCELERATOR="cpu")
-    launch_whole("even", tmp_path / "ddp")
-    assert_same_run(tmp_path / "whole", tmp_path / "ddp")
-    for stage in ("search", "tune"):
-        assert_same_run(tmp_path / stage, tmp_path / "whole", exactly=True)
+    launch_whole("resumed", tmp_path / "zero2", config="deepspeed_zero2", timeout=500, DS_ACCELERATOR="cpu")
+    launch_whole("resumed", tmp_path / "ddp", timeout=500)
+    for name in ("whole", "search", "tune"):
+        assert_same_run(tmp_path / "zero2" / name, tmp_path / "ddp" / name)
 
 
 @pytest.mark.gpu
@@ -190,7 +196,6 @@ def test_trainer_with_zero2_on_cpus(tmp_path):
 def test_trainer_with_fsdp2(tmp_path):
     """On all GPUs of this machine: equal to DDP on them, resumed too."""
     gpus = dict(processes=torch.cuda.device_count(), timeout=500)
-    launch_whole("fsdp2", tmp_path, config="fsdp2", **gpus)
-    launch_whole("even", tmp_path / "ddp", config="ddp", **gpus)
-    assert_same_run(tmp_path / "whole", tmp_path / "ddp")
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole", exactly=True)
+    launch_whole("fsdp2", tmp_path / "fsdp2", config="fsdp2", **gpus)
+    launch_whole("variants", tmp_path / "ddp", config="ddp", **gpus)
+    assert_same_variants(tmp_path / "fsdp2", tmp_path / "ddp")

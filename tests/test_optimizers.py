@@ -108,3 +108,17 @@ def test_methods_are_lists_of_stages():
         assert (stage.state, stage.length, stage.masks) == (held.state, held.length, held.masks)
     with pytest.raises(ValueError, match="expected one of dense, vpns"):
         get_method("vnps")
+
+
+def test_a_resting_role_is_not_moved_by_momentum():
+    """Where gradients of zero are filled in, as DeepSpeed does, a role that rests stays as it is."""
+    prompt, scores = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = OptimizerByRole({"prompt": torch.optim.Adam([prompt]), "scores": torch.optim.Adam([scores])})
+    prompt.grad, scores.grad = torch.ones(3), torch.ones(3)
+    optimizer.step()
+    before = prompt.detach().clone(), scores.detach().clone()
+    prompt.grad, scores.grad = torch.zeros(3), torch.zeros(3)
+    optimizer.resting = ("prompt",)
+    optimizer.step()
+    assert torch.equal(prompt, before[0])
+    assert not torch.equal(scores, before[1])

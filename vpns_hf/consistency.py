@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,8 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from . import sharding
 from .modeling import PromptedSparseModel
 
-_CHUNK = 1 << 22
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 20
 # The golden ratio in 64 bits, as a signed number: its odd multiples spread over all of them.
 _SPREAD = -0x61C8864680B583EB
 
@@ -85,14 +85,27 @@ def _hash_all(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def hash_tensor(tensor: Tensor) -> Tensor:
-    """A 64-bit hash of the bits of a tensor and where they stand, on its device: int64, no dimensions.
+    """A 64-bit hash of the bits of a tensor and where they stand in row-major order, on its device.
 
-    The sum of every element's bits times an odd number that belongs to its row-major position, modulo 2 ** 64.
+    Eight bytes at a time are mixed and multiplied by an odd number of their position, and summed modulo 2 ** 64.
+
+    Returns:
+        int64, no dimensions.
     """
-    bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).flatten()
+    stored = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if stored.storage_offset() % 8:
+        stored = stored.clone()
+    whole = len(stored) // 8 * 8
+    words = stored[:whole].view(torch.int64)
+    factors = _factors(tensor.device)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, len(bits), _CHUNK):
-        part = bits[start : start + _CHUNK].to(torch.int64)
-        positions = torch.arange(start, start + len(part), device=tensor.device)
-        total += (part * ((positions * _SPREAD) | 1)).sum()
+    for part in (*words.split(_CHUNK), stored[whole:].to(torch.int64)):
+        # A product keeps only the lowest bit of a change in the highest, so the high bits are folded down first.
+        mixed = part ^ (part >> 29)
+        total = total * 31 + (mixed * factors[: len(part)]).sum()
     return total
+
+
+@functools.cache
+def _factors(device: torch.device) -> Tensor:
+    return (torch.arange(_CHUNK, device=device) * _SPREAD) | 1

@@ -277,8 +277,8 @@ class MaskedWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight with zeros where the mask is False."""
-        # FSDP2 gathers parameters before it calls this, but no buffers.
-        mask = sharding.whole(self.mask)
+        # FSDP2 gathers parameters for the forward of their block, but no buffers.
+        mask = sharding.arranged_like(self.mask, weight)
         return _StraightThroughMask.apply(weight, self.scores, mask, self.signed, self.implicit_gradient)
 
 

@@ -581,13 +581,14 @@ class PromptedSparseModel(PreTrainedModel):
         """
         slots = self.slots()
         _check_masks(masks, slots)
-        masks = {name: mask.detach().clone().bool() for name, mask in masks.items()}
+        own = self.masks()
+        masks = {name: sharding.arranged_like(mask.detach().clone().bool(), own[name]) for name, mask in masks.items()}
         if self.config.state == "frozen":
             flips = masking.change_frozen_masks(slots, masks)
             self.config.sparsity = self.sparsity
             self._warn_of_collapse()
             return flips
-        flips = sharding.count_true(mask != masks[name].to(mask.device) for name, mask in self.masks().items())
+        flips = sharding.count_true(mask != masks[name].to(mask.device) for name, mask in own.items())
         masks = {name: sharding.whole(mask) for name, mask in masks.items()}
         self.gather()
         slots = self.slots()

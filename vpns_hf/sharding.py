@@ -52,6 +52,11 @@ def split_like(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
+def arranged_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor, split or not, brought into the form of another of its shape; all processes call it together."""
+    return split_like(tensor, other) if isinstance(other, DTensor) else whole(tensor)
+
+
 def join_like(part: Tensor, other: Tensor) -> Tensor:
     """The tensor of which this process holds `part`, split as another of its shape is."""
     if not isinstance(other, DTensor):

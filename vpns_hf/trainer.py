@@ -24,7 +24,6 @@ import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
@@ -430,9 +429,9 @@ class VPNsTrainer(Trainer):
         self._enter(stage, record, checkpoint)
         self.model_wrapped = self.model
         # Masks follow from the scores on every process, so DDP need not send them before every forward.
-        names = {id(buffer): name for name, buffer in self.model.named_buffers()}
+        masks = {id(mask) for mask in self.model.masks().values()}
         self.model._ddp_params_and_buffers_to_ignore = [
-            names[id(mask)] for mask in self.model.masks().values() if id(mask) in names
+            name for name, buffer in self.model.named_buffers() if id(buffer) in masks
         ]
         with self._stage_arguments(stage, folder, is_last=stage is stages[-1]), self._signals:
             output = self._run(stage, checkpoint, **kwargs)
@@ -804,7 +803,7 @@ class VPNsTrainer(Trainer):
     def _check_finite(self) -> None:
         """Raise before a model that is ruined takes the place of a good one."""
         for name, parameter in self.model.named_parameters():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local = sharding.local(parameter)
             if parameter.requires_grad and not local.isfinite().all():
                 raise self._diverged(self.state.global_step, f"{name} is not finite")
 
@@ -972,6 +971,8 @@ class VPNsTrainer(Trainer):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+            if self.args.world_size > 1:
+                self._correct_loss(output, metric_key_prefix)
             suffix = "_prompted" if use_prompt else ""
             outputs.append(
                 output._replace(metrics={f"{name}{suffix}": value for name, value in output.metrics.items()})
@@ -979,6 +980,17 @@ class VPNsTrainer(Trainer):
         return outputs[0]._replace(
             metrics={name: value for output in outputs for name, value in output.metrics.items()}
         )
+
+    def _correct_loss(self, output: EvalLoopOutput, prefix: str) -> None:
+        """Compute the loss from the predictions of each image, as one process has it.
+
+        On several processes the last batches are filled with images shown before, which Trainer's mean loss counts.
+        """
+        has_own_loss = self.compute_loss_func is not None or self.label_smoother is not None
+        if output.predictions is None or output.label_ids is None or has_own_loss:
+            return
+        logits, labels = torch.as_tensor(output.predictions).float(), torch.as_tensor(output.label_ids)
+        output.metrics[f"{prefix}_loss"] = float(F.cross_entropy(logits, labels))
 
     def _evaluated_roles(self) -> list[bool]:
         if not self.method.uses_prompt and self.args.eval_prompt != "with":
