@@ -22,7 +22,7 @@ PRUNING = [name for name, method in METHODS.items() if name != "dense" and not m
 
 def build(method, family="vit", **kwargs):
     """A tiny model as the method needs it, with a new head unless it maps labels."""
-    backbone = dict(METHODS[method.removesuffix("+prompt")].backbone)
+    backbone = dict(get_method(method).backbone)
     labels = {"num_labels": 4} if backbone else {"num_labels": 6, "new_head": True}
     return fresh(family, sparsity=SPARSITY, scope="global", **labels | backbone | kwargs)
 
