@@ -122,6 +122,7 @@ class Recipe(Experiment):
         facts = {
             "packages": {name: version(name) for name in PACKAGES},
             "images": {name: split.num_rows for name, split in self.splits.items()},
+            "rows": self.splits.digests(),
         }
         comments = "".join(f"# {line}\n" for line in yaml.safe_dump(facts, sort_keys=False).splitlines())
         return comments + yaml.safe_dump(json.loads(json.dumps(arguments, default=str)))

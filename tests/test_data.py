@@ -247,6 +247,40 @@ class TestLoading:
             load_transfer_dataset(in_memory(["a", "b"]), validation_fraction=1.0)
 
 
+class TestStreaming:
+    def write(self, folder):
+        folder.mkdir()
+        for part in range(4):
+            rows = in_memory([part] * 50, ClassLabel(names=list("abcd")))
+            rows.to_parquet(str(folder / f"train-{part:05}-of-00004.parquet"))
+        in_memory([0, 1, 2], ClassLabel(names=list("abcd"))).to_parquet(str(folder / "test-00000-of-00001.parquet"))
+
+    def test_some_images_of_a_stream(self, tmp_path):
+        self.write(tmp_path / "data")
+        options = dict(stream_images=60, cache_dir=tmp_path / "cache")
+        splits = load_transfer_dataset(tmp_path / "data", **options)
+        assert {name: len(split) for name, split in splits.items()} == {"train": 54, "validation": 6, "test": 3}
+        assert set(splits["train"]["label"]) == {0, 1, 2, 3}
+        assert splits["train"][0]["image"].mode == "RGB"
+        assert splits.rows["train"].place(0).startswith("train (stream shuffled with seed 42)[")
+        again = load_transfer_dataset(tmp_path / "data", **options | {"cache_dir": tmp_path / "other"})
+        assert {name: pixels(split) for name, split in again.items()} == {n: pixels(s) for n, s in splits.items()}
+        other = load_transfer_dataset(tmp_path / "data", seed=1, **options)
+        assert pixels(other["train"]) != pixels(splits["train"])
+
+    def test_a_stream_itself_is_refused_with_the_way_out(self, tmp_path):
+        self.write(tmp_path / "data")
+        stream = datasets.load_dataset(str(tmp_path / "data"), streaming=True, cache_dir=tmp_path / "cache")
+        for each in (stream, stream["train"]):
+            with pytest.raises(ValueError, match=r"stream_images=n, .* Dataset.from_generator\(lambda: stream.take"):
+                load_transfer_dataset(each)
+        stream = stream["train"]
+        kept = Dataset.from_generator(lambda: stream.take(30), features=stream.features, cache_dir=tmp_path / "kept")
+        assert len(load_transfer_dataset(kept)["train"]) == 24
+        with pytest.raises(ValueError, match="stream_images is 0"):
+            load_transfer_dataset(kept, stream_images=0)
+
+
 def test_a_png_in_bytes_is_decoded_when_the_column_is_named():
     stored = io.BytesIO()
     picture(0, "L").save(stored, "PNG")

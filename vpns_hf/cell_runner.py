@@ -28,6 +28,7 @@ _NOT_A_SETTING = (
     *("method", "sparsity", "seed", "methods", "sparsities", "seeds", "modes", "targets"),
     *("only_report", "dry_run", "reference", "paper_numbers"),
     *("output_dir", "run_name", "logging_dir", "token", "cache_dir", "disable_tqdm", "logging_steps", "report_to"),
+    *("cache_images", "check_duplicates", "preprocessing_num_workers"),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import ceil
@@ -12,14 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from sklearn.model_selection import train_test_split
 
-from .images import CorruptImageError, RGBImage
+from .images import RGB_IMAGE, CorruptImageError
 from .splits import StoredRows, TransferSplits
 from .transfer_tasks import TRANSFER_TASKS, TransferTask
 
@@ -28,6 +38,8 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 
 CORRUPT_IMAGES = ("error", "skip")
+SHUFFLE_BUFFER = 1000
+"""Images of a stream that are held in memory, as files, to be drawn from at random; shards are shuffled besides."""
 
 
 def load_transfer_dataset(
@@ -44,6 +56,7 @@ def load_transfer_dataset(
     fraction: float | None = None,
     seed: int = 42,
     corrupt_images: str = "error",
+    stream_images: int | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -72,6 +85,9 @@ def load_transfer_dataset(
         corrupt_images: `"error"` reads images when they are needed, and one that cannot be read stops the run;
             `"skip"` reads every image once beforehand and leaves out, with a warning that names them, those that
             cannot be read.
+        stream_images: training images to fetch from a stream in place of downloading the whole training split, for
+            runs that `max_steps` keeps short. They are the first of the shuffled stream and are kept on disk, because
+            prompted and plain batches draw images by index. Validation and test splits are fetched whole.
         revision: commit, tag or branch of a data set on the Hub.
         cache_dir: folder that `datasets` keeps its files in.
         token: Hub token for private and gated data sets.
@@ -87,6 +103,8 @@ def load_transfer_dataset(
             set of the table has other classes than its row says.
     """
     _check_sampling(shots, fraction, corrupt_images)
+    if stream_images is not None and stream_images < 1:
+        raise ValueError(f"stream_images is {stream_images}: expected a number of training images, at least 1.")
     task = TRANSFER_TASKS.get(path) if isinstance(path, str) else None
     expected_classes = None
     if task is not None:
@@ -95,8 +113,16 @@ def load_transfer_dataset(
         image_column, label_column = image_column or task.image, label_column or task.label
         train_split, test_split = train_split or task.train, test_split or task.test
         validation_split = validation_split or task.validation
-    raw = _read(path, name=name, revision=revision, cache_dir=cache_dir, token=token, num_proc=num_proc)
-    parts = _choose_splits(raw, train_split, validation_split, test_split)
+    options = {"name": name, "revision": revision, "cache_dir": cache_dir, "token": token}
+    if stream_images is None:
+        raw = _read(path, **options, num_proc=num_proc)
+    else:
+        raw = _read(path, **options, streaming=True)
+    chosen = _choose_splits(raw, train_split, validation_split, test_split)
+    parts = {
+        ours: _part(raw[theirs], theirs, stream_images if ours == "train" else None, seed, cache_dir)
+        for ours, theirs in chosen.items()
+    }
     if task is not None and task.clip:
         parts = {ours: _middle_frames(part, task) for ours, part in parts.items()}
     parts = _choose_columns(parts, image_column, label_column)
@@ -145,6 +171,12 @@ class _Part:
 
 def _read(path: str | Path | Dataset | DatasetDict, **options: Any) -> DatasetDict:
     """The data set as it is stored, all splits."""
+    if isinstance(path, IterableDataset | IterableDatasetDict):
+        raise ValueError(
+            "Prompted and plain batches draw images by index, which a stream cannot give: pass the Hub id or folder "
+            "with stream_images=n, or keep what you need of the stream with "
+            "Dataset.from_generator(lambda: stream.take(n), features=stream.features)."
+        )
     if isinstance(path, str | Path):
         folder = Path(path)
         saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
@@ -194,8 +226,8 @@ def _downloaded_snapshot(path: str, revision: str | None) -> str | None:
 # Splits, columns and labels ------------------------------------------------------------------------------------------
 
 
-def _choose_splits(raw: DatasetDict, train: str | None, validation: str | None, test: str | None) -> dict[str, _Part]:
-    """The splits that are asked for, under our names; validation and test may be absent where none was asked for."""
+def _choose_splits(raw: DatasetDict, train: str | None, validation: str | None, test: str | None) -> dict[str, str]:
+    """Our splits and the stored ones they are; validation and test may be absent where none was asked for."""
     train = train or "train"
     test = test or ("test" if "test" in raw else None)
     if validation is None and "validation" in raw and test != "validation":
@@ -214,10 +246,38 @@ def _choose_splits(raw: DatasetDict, train: str | None, validation: str | None, 
             f"One split is used twice ({', '.join(f'{ours}: {theirs}' for ours, theirs in chosen.items())}): "
             "give train_split, validation_split and test_split different names."
         )
-    return {
-        ours: _Part(raw[theirs].with_format(None), StoredRows(theirs, np.arange(len(raw[theirs]))))
-        for ours, theirs in chosen.items()
-    }
+    return chosen
+
+
+def _part(
+    stored: Dataset | IterableDataset, split: str, count: int | None, seed: int, cache_dir: str | Path | None
+) -> _Part:
+    """All rows of a stored split, or some of a stream."""
+    if isinstance(stored, IterableDataset):
+        stored = _fetch(stored, count, seed, cache_dir)
+        split = split if count is None else f"{split} (stream shuffled with seed {seed})"
+    return _Part(stored.with_format(None), StoredRows(split, np.arange(len(stored))))
+
+
+def _fetch(stream: IterableDataset, count: int | None, seed: int, cache_dir: str | Path | None) -> Dataset:
+    """A stream, or the first images of it in random order, kept on disk by `datasets` as they are stored."""
+    if stream.features is None:
+        raise ValueError("The columns of this stream are known only once it is read: load it without stream_images.")
+    for column, feature in stream.features.items():
+        if isinstance(feature, Image):
+            stream = stream.cast_column(column, Image(decode=False))
+    if count is not None:
+        stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(count)
+    return Dataset.from_generator(
+        _rows,
+        features=stream.features,
+        gen_kwargs={"stream": stream},
+        cache_dir=None if cache_dir is None else str(cache_dir),
+    )
+
+
+def _rows(stream: IterableDataset) -> Iterator[dict[str, Any]]:
+    yield from stream
 
 
 def _middle_frames(part: _Part, task: TransferTask) -> _Part:
@@ -253,7 +313,7 @@ def _choose_columns(parts: dict[str, _Part], image: str | None, label: str | Non
     def choose(part: _Part) -> _Part:
         _require_columns(part, {column: f"name one of them with {what}_column" for column, what in wanted})
         data = part.data.select_columns([image, label]).rename_columns(renamed)
-        return replace(part, data=data.cast_column("image", RGBImage()))
+        return replace(part, data=data.cast_column("image", RGB_IMAGE))
 
     return {ours: choose(part) for ours, part in parts.items()}
 
@@ -351,7 +411,7 @@ def _problem(stored: Mapping[str, Any] | None) -> str:
     if stored is None:
         return "there is no image in this row"
     try:
-        RGBImage().decode_example(stored)
+        RGB_IMAGE.decode_example(stored)
     except CorruptImageError as error:
         return str(error)
     return ""

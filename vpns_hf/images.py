@@ -13,6 +13,9 @@ from PIL import UnidentifiedImageError
 LONGEST_TO_SHORTEST = 200
 """An image whose sides differ by a larger factor is refused: processors that keep the ratio would blow it up."""
 
+SIXTEEN_BIT = ("PNG", "PPM")
+"""Formats whose images of Pillow's mode I hold 16-bit numbers; those of others may go up to anything."""
+
 
 class CorruptImageError(ValueError):
     """An image that cannot be decoded or shown as RGB; the message says which one and why."""
@@ -22,17 +25,14 @@ class CorruptImageError(ValueError):
 class RGBImage(Image):
     """`datasets.Image` whose images come out as `to_rgb` makes them, rotated as their EXIF data says.
 
-    Saved data sets hold it as a plain `Image(mode="RGB")`, so that they can be read without this package.
-
     Args:
-        mode: always `"RGB"`.
+        mode: `"RGB"`: saved data sets hold a plain `Image(mode="RGB")`, which can be read without this package.
         decode: whether images are decoded; without it, they come out as `{"bytes": ..., "path": ...}`.
 
     Raises:
         CorruptImageError: on reading an image that cannot be decoded.
     """
 
-    mode: str | None = "RGB"
     _stored: ClassVar[Image] = Image()
 
     def decode_example(self, value: Any, token_per_repo_id: dict[str, Any] | None = None) -> PILImage.Image:
@@ -45,6 +45,9 @@ class RGBImage(Image):
             raise CorruptImageError(f"{_source(value)}: no image that Pillow can read") from error
         except Exception as error:  # Pillow's decoders raise almost anything on broken files.
             raise CorruptImageError(f"{_source(value)}: {str(error) or type(error).__name__}") from error
+
+
+RGB_IMAGE = RGBImage(mode="RGB")
 
 
 def _source(value: Any) -> str:
@@ -74,7 +77,7 @@ def to_rgb(image: PILImage.Image | None) -> PILImage.Image:
         )
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BIT):
         return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         _require_8_bits(image)

@@ -103,6 +103,10 @@ class DataArguments:
         default="error",
         metadata={"help": "An image that cannot be read: error stops the run, skip leaves it out and says so."},
     )
+    stream_images: int | None = field(
+        default=None,
+        metadata={"help": "Training images to fetch from a stream in place of the whole download; for short runs."},
+    )
     check_duplicates: bool = field(
         default=False, metadata={"help": "Report images that are in more than one split before the run starts."}
     )
@@ -283,7 +287,9 @@ class Experiment:
             "token": model_args.token,
             "cache_dir": model_args.cache_dir,
         }
-        self.splits = self._load_splits()
+        # One process downloads and prepares; the others find it done.
+        with args.main_process_first(desc="loading the data"):
+            self.splits = self._load_splits()
 
     def _load_splits(self) -> TransferSplits:
         data = self.data_args
@@ -300,6 +306,7 @@ class Experiment:
             fraction=data.fraction,
             seed=data.split_seed,
             corrupt_images=data.corrupt_images,
+            stream_images=data.stream_images,
             revision=data.dataset_revision,
             cache_dir=self.model_args.cache_dir,
             token=self.model_args.token,
@@ -325,13 +332,15 @@ class Experiment:
             prepare(model)
         processor = matching_image_processor(processor, *model.config.geometry)
         self.transforms = ImageTransforms(processor, *model.config.geometry, self.data_args.augmentation)
-        augmented = self._train_view()
+        with args.main_process_first(desc="resizing images"):
+            augmented, plain = self._train_view(), self.eval_split("train")
+            validation = self.eval_split("validation")
         return VPNsTrainer(
             model=model,
             args=args,
             train_dataset=augmented,
-            prompted_train_dataset=augmented if self.data_args.augment_prompted else self.eval_split("train"),
-            eval_dataset=self.eval_split("validation"),
+            prompted_train_dataset=augmented if self.data_args.augment_prompted else plain,
+            eval_dataset=validation,
             processing_class=processor,
         )
 

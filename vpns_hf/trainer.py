@@ -192,7 +192,9 @@ class VPNsTrainer(Trainer):
         for dataset in (train_dataset, prompted_train_dataset):
             if isinstance(dataset, IterableDataset):
                 raise ValueError(
-                    "VPNsTrainer draws images by index; got a streaming data set. Load it without `streaming=True`."
+                    "VPNsTrainer draws images by index; got a streaming data set. Load it with "
+                    "`load_transfer_dataset(..., stream_images=n)`, or keep what you need of it with "
+                    "`Dataset.from_generator`."
                 )
         self.prompted_train_dataset = train_dataset if prompted_train_dataset is None else prompted_train_dataset
         self._sparsity = model.config.sparsity if args.sparsity is None else args.sparsity
