@@ -22,7 +22,7 @@ PRUNING = [name for name, method in METHODS.items() if name != "dense" and not m
 
 def build(method, family="vit", **kwargs):
     """A tiny model as the method needs it, with a new head unless it maps labels."""
-    backbone = dict(METHODS[method.removesuffix("+prompt")].backbone)
+    backbone = dict(get_method(method).backbone)
     labels = {"num_labels": 4} if backbone else {"num_labels": 6, "new_head": True}
     return fresh(family, sparsity=SPARSITY, scope="global", **labels | backbone | kwargs)
 
@@ -703,7 +703,10 @@ def test_the_readme_names_every_method():
     assert {name for name in METHODS if f"`{name}`" not in table} == set()
 
 
-@pytest.mark.parametrize("method", ["vpns", "omp", "imp", "snip", "rigl"])
+LONG = [pytest.param(method, marks=pytest.mark.slow) for method in ("imp", "rigl")]
+
+
+@pytest.mark.parametrize("method", ["vpns", "omp", "snip", *LONG])
 def test_the_mask_alone_is_the_mask_of_the_method(method, tmp_path):
     settings = {"search_max_steps": 4, "max_steps": 4, "total_max_steps": -1}
     whole = run(tmp_path / "whole", method, **settings).model
