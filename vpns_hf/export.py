@@ -400,8 +400,7 @@ def export_onnx(
     path, use_prompt = Path(path), _resolve_prompt(model, use_prompt)
     _say_what_is_lost(model, use_prompt)
     wrapped = copy.deepcopy(model).cpu().float().eval()
-    if wrapped.config.state == "search":
-        wrapped.freeze_masks()
+    wrapped.merge_and_unload()  # masks would be written beside the weights
     images = _sample_images(wrapped.config, count=3)
     expected = wrapped(images, use_prompt=use_prompt).logits
     program = torch.onnx.export(
@@ -410,7 +409,7 @@ def export_onnx(
         (images[:2],),
         input_names=["pixel_values"],
         output_names=["logits"],
-        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+        dynamic_shapes={"pixel_values": {0: "batch"}},
         opset_version=opset,
         dynamo=True,
         verbose=False,
