@@ -288,10 +288,9 @@ def test_recipe_stopped_by_ctrl_c(tmp_path):
 
 @pytest.mark.slow
 def test_launched_processes_stop_together(tmp_path):
-    """SIGTERM to `accelerate launch` of two processes: both agree on the step and leave one checkpoint."""
+    """SIGTERM to torchrun, as `accelerate launch` uses it: both agree on the step and leave one checkpoint."""
     folder = tmp_path / "run"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    launcher += ["--num_cpu_threads_per_process", "1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     _, log = _stop_when_training(_recipe(folder, *launcher), folder, signal.SIGTERM)
     assert log.count("Stopped by SIGTERM after step") == 1, log
     (checkpoint,) = folder.glob("*/checkpoint-*")
