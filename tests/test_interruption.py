@@ -69,7 +69,7 @@ def kill_after(folder, seconds, **settings):
 # SIGKILL -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.2, 0.47, 0.8, 0.99])
+@pytest.mark.parametrize("share", [0.2, 0.8, 0.99])
 def test_killed_while_it_changes_files(share, whole, tmp_path):
     folder, changes, _ = whole
     assert run(tmp_path / "run", fatal=round(share * changes)) == -signal.SIGKILL
@@ -96,10 +96,10 @@ def test_killed_at_random_changes_of_files(reference, request, tmp_path):
 
 @pytest.mark.slow
 def test_killed_while_checkpoints_and_the_model_are_written(whole, tmp_path):
-    """Every change of files from the last checkpoint on, which ends with the final save."""
+    """Every second change of files from the last checkpoint on, which ends with the final save."""
     folder, changes, _ = whole
     places = []
-    for fatal in range(changes - 45, changes + 1):
+    for fatal in range(changes - 45, changes + 1, 2):
         killed = tmp_path / str(fatal)
         assert run(killed, fatal=fatal) == -signal.SIGKILL
         places.append(finished_stages(killed))
@@ -110,17 +110,17 @@ def test_killed_while_checkpoints_and_the_model_are_written(whole, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(whole, tmp_path):
-    """Twenty-four runs, each killed twice at random times."""
+    """Twelve runs, each killed twice at random times."""
     folder, _, seconds = whole
     draws, kills, places = random.Random(7), 0, []
-    for number in range(24):
+    for number in range(12):
         killed = tmp_path / str(number)
         for _ in range(2):
             kills += kill_after(killed, draws.uniform(0, seconds)) == -signal.SIGKILL
             places.append(finished_stages(killed))
         assert run(killed) == 0
         assert_same_outcome(killed, folder)
-    assert kills >= 24
+    assert kills >= 20
     assert {0, 1} <= set(places)
 
 
@@ -288,10 +288,9 @@ def test_recipe_stopped_by_ctrl_c(tmp_path):
 
 @pytest.mark.slow
 def test_launched_processes_stop_together(tmp_path):
-    """SIGTERM to `accelerate launch` of two processes: both agree on the step and leave one checkpoint."""
+    """SIGTERM to torchrun, as `accelerate launch` uses it: both agree on the step and leave one checkpoint."""
     folder = tmp_path / "run"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--use_cpu"]
-    launcher += ["--num_cpu_threads_per_process", "1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     _, log = _stop_when_training(_recipe(folder, *launcher), folder, signal.SIGTERM)
     assert log.count("Stopped by SIGTERM after step") == 1, log
     (checkpoint,) = folder.glob("*/checkpoint-*")

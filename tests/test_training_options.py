@@ -67,7 +67,7 @@ def test_fp16_is_refused_on_a_cpu(tmp_path):
 
 @pytest.mark.parametrize("family", ["vit", "timm_vit", pytest.param("swin", marks=pytest.mark.slow)])
 def test_activation_checkpointing_changes_nothing(family, tmp_path):
-    model = trained(tmp_path / "on", fresh(family), activation_checkpointing=True)
+    model = trained(tmp_path / "on", fresh(family), gradient_checkpointing=True)
     assert_exact_zeros(model)
     assert_same(model, trained(tmp_path / "off", fresh(family)))
 
@@ -75,7 +75,7 @@ def test_activation_checkpointing_changes_nothing(family, tmp_path):
 @pytest.mark.parametrize("family", ["convnext", "mobilenet_v2"])
 def test_activation_checkpointing_is_refused_where_there_is_none(family, tmp_path):
     with pytest.raises(ValueError, match=rf"no activation checkpointing for {type(tiny_backbone(family)).__name__}"):
-        make_trainer(tmp_path, fresh(family), activation_checkpointing=True)
+        trained(tmp_path, fresh(family), gradient_checkpointing=True)
 
 
 @pytest.mark.slow

@@ -106,6 +106,11 @@ class PromptedSparseModel(PreTrainedModel):
         """Draw nothing: the backbone brings its weights, scores follow from them, prompts set their own."""
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        if not self.backbone.supports_gradient_checkpointing:
+            raise ValueError(
+                f"transformers has no activation checkpointing for {type(self.backbone).__name__}; leave it out, or "
+                "lower the batch size and raise `gradient_accumulation_steps`."
+            )
         # timm has its own way.
         self.backbone._set_gradient_checkpointing(*args, **kwargs)
 

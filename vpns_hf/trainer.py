@@ -278,11 +278,6 @@ class VPNsTrainer(Trainer):
             raise ValueError(f"`method={args.method!r}` does not work with fp16; use bf16 or float32.")
         if args.fp16 and args.device.type == "cpu":
             raise ValueError("fp16 needs a GPU, and this run is on the CPU; use bf16 or float32.")
-        if args.activation_checkpointing and not model.backbone.supports_gradient_checkpointing:
-            raise ValueError(
-                f"transformers has no activation checkpointing for {type(model.backbone).__name__}; leave "
-                "`activation_checkpointing` out, or lower the batch size and raise `gradient_accumulation_steps`."
-            )
         self.stage, self.stage_index = self.stages[0], 0
         self._evaluates_prompted = False
         self.stopping = self._has_saved = False
