@@ -1,6 +1,6 @@
 """Images a second of the data loader alone, against those of a training step of ViT-S/16 at 224 pixels.
 
-    python benchmarks/data_loading.py [--images 256] [--workers 0 1 2] [--threads 2] [--repeats 5] [--device cpu]
+    python benchmarks/data_loading.py [--images 128] [--workers 0 1 2] [--threads 2] [--repeats 3] [--device cpu]
 
 Makes JPEG photos of about 500 x 400 pixels on the fly; needs no network, 2 GB of memory and 200 MB of disk for a
 minute. Every row is measured once in each of the repeats, in turn, and the best of each is shown, so that
@@ -20,6 +20,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from common import write_table
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -34,13 +35,13 @@ SIDE, CLASSES = 224, 10
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure every pass and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2, help="of the training step")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu", help="of the training step")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -55,10 +56,11 @@ def main() -> None:
         passes[f"training step, {args.device}, {args.threads} threads"] = training_pass(args.batch_size, args.device)
         speeds = best_speeds(passes, args.repeats)
     step = list(speeds.values())[-1]
-    print(f"{args.images} photos, {megabytes:.1f} MB; batches of {args.batch_size}; best of {args.repeats}\n")
-    print("| | images/s | of the training step |\n|---|---|---|")
-    for name, speed in speeds.items():
-        print(f"| {name} | {speed:.1f} | {speed / step:.1f} x |")
+    rows = [(name, f"{speed:.1f}", f"{speed / step:.1f} x") for name, speed in speeds.items()]
+    about = (
+        f"{__doc__}\n{args.images} photos, {megabytes:.1f} MB; batches of {args.batch_size}; best of {args.repeats}."
+    )
+    write_table("data_loading", about, ("what", "images/s", "of the training step"), rows)
 
 
 def make_photos(folder: Path, count: int) -> tuple[TransferSplits, float]:

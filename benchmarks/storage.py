@@ -21,7 +21,6 @@ import torch
 from common import machine, table, time_in_turns, write_results
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
-from transformers.utils import logging
 
 from vpns_hf import PromptedSparseModel, masking, storage
 
@@ -37,7 +36,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sections = [
