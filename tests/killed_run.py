@@ -99,6 +99,8 @@ def train(folder, log, fatal=0, signals=(), pipe=None, **settings):
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    # Whoever started the tests in the background may have had it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = CONFIGS["vit"]()

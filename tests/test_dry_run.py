@@ -167,7 +167,9 @@ def scripts():
         if path.parent.name == "accelerate_configs":
             continue
         script = {"comparison": "compare_methods.py", "transfer": "transfer.py"}.get(path.parent.name, "prune_vit.py")
-        yield pytest.param(path, script, id=f"{path.parent.name}-{path.stem}")
+        name = f"{path.parent.name}-{path.stem}"
+        is_slow = name in ("comparison-resnet18_cifar100", "transfer-resnet18_imagenet")
+        yield pytest.param(path, script, id=name, marks=[pytest.mark.slow] if is_slow else [])
 
 
 @pytest.mark.parametrize(("path", "script"), list(scripts()))

@@ -81,7 +81,9 @@ def _roundtrip(model, folder):
         assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "family", [family if family == "resnet" else pytest.param(family, marks=pytest.mark.slow) for family in CONFIGS]
+)
 def test_compiled_forward_is_equal(family):
     searched, frozen = tiny_model(family), tiny_model(family)
     frozen.freeze_masks()

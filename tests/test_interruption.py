@@ -239,6 +239,7 @@ def test_signal_after_the_last_step_ends_after_the_stage(tmp_path):
 
 def test_signal_handlers_are_put_back(tmp_path):
     received = []
+    interrupts = signal.getsignal(signal.SIGINT)
     previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
         with StopSignals(announces=False) as signals:
@@ -254,7 +255,7 @@ def test_signal_handlers_are_put_back(tmp_path):
             assert signals.received is None
     finally:
         signal.signal(signal.SIGTERM, previous)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is interrupts
 
 
 def _recipe(folder, *launcher):
@@ -267,7 +268,13 @@ def _stop_when_training(command, folder, number):
     """Run a command until it has written a checkpoint folder's sibling, the record, then signal it."""
     log = folder.with_suffix(".txt")
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         while not (folder / "stages.json").is_file():
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)

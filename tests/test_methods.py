@@ -20,6 +20,11 @@ SPARSITY = 0.9
 PRUNING = [name for name, method in METHODS.items() if name != "dense" and not method.needs_pruned]
 
 
+def slow(*values):
+    """Parameters that take long and say little more than their neighbours."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def build(method, family="vit", **kwargs):
     """A tiny model as the method needs it, with a new head unless it maps labels."""
     backbone = dict(get_method(method).backbone)
@@ -56,7 +61,9 @@ def test_every_method_ends_with_exact_counts_and_zeros(method, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["resnet", "timm_resnet"])
-@pytest.mark.parametrize("method", ["omp", "imp", "snip", "synflow", "grasp", "rigl", "acdc", "bip", "sparsegpt"])
+@pytest.mark.parametrize(
+    "method", ["omp", slow("imp"), "snip", slow("synflow"), "grasp", "rigl", "acdc", "bip", "sparsegpt"]
+)
 def test_convolutional_networks(method, family, tmp_path):
     model = run(tmp_path, method, build(method, family), total_max_steps=12).model
     total = sum(mask.numel() for mask in model.masks().values())
@@ -612,7 +619,7 @@ def mapped(mapping, **kwargs):
 
 
 @pytest.mark.parametrize("mapping", ["random", "frequency", "optimal", "iterative", "bayesian"])
-@pytest.mark.parametrize("method", ["vpns", "omp", "imp", "bip", "dense"])
+@pytest.mark.parametrize("method", ["vpns", "omp", slow("imp"), "bip", "dense"])
 def test_label_mappings_through_the_trainer(method, mapping, tmp_path):
     model = run(tmp_path, method, mapped(mapping)).model
     assert model.config.label_mapping_state == "final"
@@ -644,8 +651,8 @@ def test_iterative_mapping_is_refreshed_every_epoch_of_the_search(tmp_path):
 IMAGE = torch.zeros(1, 3, 32, 32)
 
 
-@pytest.mark.parametrize("mapping", ["random", "iterative", "bayesian"])
-@pytest.mark.parametrize(("stage", "step"), [("search", 3), ("search", 9), ("tune", 3)])
+@pytest.mark.parametrize("mapping", [slow("random"), "iterative", "bayesian"])
+@pytest.mark.parametrize(("stage", "step"), [("search", 3), slow("search", 9), slow("tune", 3)])
 def test_resume_with_a_label_mapping(mapping, stage, step, tmp_path):
     settings = dict(save_strategy="steps", save_steps=2, search_epochs=2, num_train_epochs=1)
     data = {

@@ -227,7 +227,7 @@ def test_missing_tensors_are_refused(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors.pop("backbone.classifier.parametrizations.weight.0.scores")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 are missing or have another shape, such as backbone.classifier"):
+    with pytest.raises(ValueError, match=r"1 are missing, unknown or have another shape; backbone.classifier"):
         PromptedSparseModel.from_pretrained(tmp_path)
 
 

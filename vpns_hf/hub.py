@@ -34,6 +34,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from .storage import PackedFormatError
 from .version import __version__
 
 CARD_NAME = "README.md"
@@ -239,6 +240,8 @@ def clear_errors(failed: str, revision: str | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except PackedFormatError:
+        raise
     except Exception as error:
         reason = next((text for cause in _causes(error) if (text := _reason(cause, revision))), None)
         if reason is None:

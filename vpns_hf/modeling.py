@@ -421,7 +421,8 @@ class PromptedSparseModel(PreTrainedModel):
 
     def _check_prompt(self) -> None:
         own = {name: tensor for name, tensor in self.state_dict().items() if name.split(".")[0] in PROMPT_TENSORS}
-        if broken := [name for name, tensor in own.items() if tensor.isnan().any()]:
+        # What is left on the disk, on the meta device, cannot be looked at.
+        if broken := [name for name, tensor in own.items() if not tensor.is_meta and tensor.isnan().any()]:
             raise ValueError(f"{broken[0]} of this model holds NaN; the run diverged, or its file is damaged.")
 
     # Forward ---------------------------------------------------------------------------------------------------------
