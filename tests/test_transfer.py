@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 import vpns_hf
 from vpns_hf import PromptedSparseModel
-from vpns_hf.comparison import Cell
+from vpns_hf.comparison import Cell, read_results, transfer_markdown
 
 SCRIPT = Path(__file__).parents[1] / "recipes/transfer.py"
 TRANSFER = runpy.run_path(str(SCRIPT))
@@ -334,3 +334,18 @@ def test_wrong_settings_are_named(folder, settings, message):
     with pytest.raises(SystemExit, match=message):
         run(folder, **settings)
     assert not list((folder / "out").iterdir())
+
+
+def test_committed_tables_are_what_their_lines_say():
+    folder = SCRIPT.parent / "transfer"
+    settings = yaml.safe_load((folder / "demo.yaml").read_text(encoding="utf-8"))
+    results = read_results(folder / "demo/results.jsonl")
+    targets = [Path(target).name for target in settings["targets"]]
+    cells = {(result.method, result.seed, result.task) for result in results}
+    assert cells == {(m, seed, t) for m in settings["methods"] for seed in settings["seeds"] for t in targets}
+    assert len({(result.task, result.settings) for result in results}) == len(targets)
+    assert {result.steps for result in results} == {settings["max_steps"]}
+    table = transfer_markdown(results, targets, settings["methods"], settings["sparsities"])
+    assert (folder / "demo/results.md").read_text(encoding="utf-8").startswith(table)
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert "\n".join(rows) in (SCRIPT.parents[1] / "README.md").read_text(encoding="utf-8")
