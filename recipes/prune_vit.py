@@ -17,6 +17,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -149,7 +150,7 @@ class Recipe(Experiment):
     def provenance(self) -> str:
         """`recipe.yaml`: the exact arguments, and as comments the package versions and what data they met."""
         groups = (asdict(self.model_args), asdict(self.data_args), self.args.to_dict(), asdict(self.recipe_args))
-        arguments = {key: value for group in groups for key, value in group.items()} | {"token": None}
+        arguments = {key: _portable(value) for group in groups for key, value in group.items()} | {"token": None}
         facts = {
             "packages": {name: version(name) for name in PACKAGES},
             "images": {name: split.num_rows for name, split in self.splits.items()},
@@ -157,6 +158,13 @@ class Recipe(Experiment):
         }
         comments = "".join(f"# {line}\n" for line in yaml.safe_dump(facts, sort_keys=False).splitlines())
         return comments + yaml.safe_dump(json.loads(json.dumps(arguments, default=str)))
+
+
+def _portable(value: Any) -> Any:
+    """A path below the folder that the run was started in, relative to that: the rest is of no use to others."""
+    here = Path.cwd()
+    is_below = isinstance(value, str) and Path(value).is_absolute() and Path(value).is_relative_to(here)
+    return str(Path(value).relative_to(here)) if is_below else value
 
 
 def public_name(path: str) -> str:

@@ -90,7 +90,7 @@ Measured on the 10,000 images of the test split of cifar100, with the last weigh
 ## Training
 
 \| stage \| what trained \| optimizer steps \|
-\|---\|---:\|---:\|
+\|---\|---\|---:\|
 \| warm up \| head: sgd at 0\.01 \| 20 \|
 \| search \| prompt: adam at 0\.0001, scores: adam at 0\.0001 \| 150 \|
 

@@ -149,7 +149,7 @@ class SubnetworkCard:
             results_table=results_markdown(self.results),
             blocks_table=markdown_table(("block", "kept", "weights", "sparsity"), blocks),
             stages_table=markdown_table(
-                ("stage", "what trained", "optimizer steps"), [stage.row() for stage in self.stages]
+                ("stage", "what trained", "optimizer steps"), [stage.row() for stage in self.stages], text_columns=2
             ),
         )
 

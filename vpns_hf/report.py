@@ -128,11 +128,11 @@ def results_markdown(results: Sequence[Result]) -> str:
     return markdown_table(_RESULT_COLUMNS, _result_rows(results))
 
 
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown whose first column is text and the others numbers, without a newline at its end."""
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    """A table in Markdown whose first columns are text and the others numbers, without a newline at its end."""
     cells = [columns, *(tuple(cell.replace("|", r"\|") for cell in row) for row in rows)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join([lines[0], "|---|" + "---:|" * (len(columns) - 1), *lines[1:]])
+    return "\n".join([lines[0], "|" + "---|" * text_columns + "---:|" * (len(columns) - text_columns), *lines[1:]])
 
 
 def terminal_table(columns: Sequence[str], rows: Iterable[tuple[str, ...]], title: str | None) -> Table:
