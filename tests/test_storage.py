@@ -750,3 +750,12 @@ def test_mutated_files_are_refused_or_sound(tmp_path):
 @pytest.mark.parametrize("first", range(0, 100_000, 10_000))
 def test_very_many_mutated_files_are_refused_or_sound(tmp_path, first):
     assert 5000 < fuzz(tmp_path, 10_000, first) < 10_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2])
+def test_nan_is_seen_in_every_type_and_infinity_is_none(dtype):
+    numbers = torch.tensor([1.0, -math.inf, math.inf, -0.0, 2.0**-14], dtype=torch.float64)
+    unsigned = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[dtype.itemsize]
+    for nan, expected in ((1.0, False), (math.nan, True), (-math.nan, True)):
+        values = torch.cat([numbers, torch.tensor([nan], dtype=torch.float64)]).to(dtype)
+        assert storage._any_nan(values.view(unsigned).numpy(), dtype) is expected

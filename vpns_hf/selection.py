@@ -20,7 +20,7 @@ NAN_SCORES = "Scores contain NaN, so no mask can be selected; lower the learning
 # Entries walked at a time, so that what is computed from them stays in the cache.
 _PIECE = 2**17
 # Drawn to bracket the threshold; selections of no more entries than this rank all of them.
-_SAMPLE = 2**18
+_SAMPLE = 2**16
 # Standard deviations of the sample's quantile on either side of the threshold; a miss costs time, not exactness.
 _DEVIATIONS = 5
 
