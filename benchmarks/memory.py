@@ -4,12 +4,14 @@
 
 Three steps of AdamW on random images of 224 pixels. The search holds scores beside the weights, four bytes a weight,
 and a mask, one byte; its optimizer state is that of the scores in place of that of the weights. Shown is what the
-search takes at its peak beyond the dense run and beyond the scores, in bytes a prunable weight.
+search takes at its peak beyond the dense run and beyond the scores, in bytes a prunable weight. The C library is told
+to return free memory at once, so that the peaks are of what is in use and not of how it happens to be laid out.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
@@ -17,6 +19,9 @@ import sys
 import torch
 from common import write_table
 from models import CLASSES, VITS, wrap
+
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Settings of the GNU C library's allocator; others ignore them."""
 
 
 def main() -> None:
@@ -45,7 +50,11 @@ def measure(args: argparse.Namespace, only: str) -> tuple[int, int]:
     """Peak bytes and prunable weights of one run in a fresh process."""
     flags = [f"--model={args.model}", f"--batch_size={args.batch_size}", f"--threads={args.threads}"]
     output = subprocess.run(
-        [sys.executable, __file__, *flags, f"--only={only}"], check=True, capture_output=True, text=True
+        [sys.executable, __file__, *flags, f"--only={only}"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | RETURN_MEMORY,
     )
     used, weights = output.stdout.split()[-2:]
     return int(used), int(weights)
@@ -58,7 +67,7 @@ def peak(name: str, batch_size: int, search: bool) -> tuple[int, int]:
     if not search:
         model.detach_scores()
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     images, labels = torch.randn(batch_size, 3, 224, 224), torch.randint(CLASSES, (batch_size,))
     for step in range(3):
         model(images, labels=labels, use_prompt=search and step % 2 == 0).loss.backward()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vpns_hf import masking
-from vpns_hf.masking import erk_densities, initial_scores, kept_count, select_masks
+from vpns_hf.masking import erk_densities, initial_scores, kept_count, masked, select_masks, write_zeros
 
 
 def bits(text):
@@ -32,6 +32,23 @@ def bits(text):
 )
 def test_kept_count_rounds_half_to_even(total, sparsity, kept):
     assert kept_count(total, sparsity) == kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_zeros_are_written_bit_for_bit(dtype, channels_last):
+    tensor = torch.randn(6, 5, 3, 2, dtype=dtype)
+    tensor.view(-1)[:4] = torch.tensor([math.nan, math.inf, -math.inf, -0.0], dtype=dtype)
+    mask = torch.rand(6, 5, 3, 2) < 0.5
+    mask.view(-1)[:4] = bits("0001")
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    tensor = tensor.to(memory_format=layout)
+    expected = torch.where(mask, tensor, 0)
+    result = masked(tensor, mask)
+    write_zeros(tensor, mask)
+    for found in (result, tensor):
+        assert found.contiguous().view(torch.uint8).equal(expected.contiguous().view(torch.uint8))
+        assert found.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.2, math.nan])

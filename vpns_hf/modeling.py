@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -35,6 +36,7 @@ from .configuration import PromptedSparseConfig
 from .hub import CARD_NAME, clear_errors, full_repo_id, pinned_revision, push_folder, short_card
 from .label_mapping import get_label_mapping
 from .prompts import build_prompt
+from .recomputation import recomputing
 from .sparsity import SparsityReport, measure_sparsity
 
 logger = logging.getLogger(__name__)
@@ -464,7 +466,8 @@ class PromptedSparseModel(PreTrainedModel):
             if self.prompt is None:
                 raise ValueError('`use_prompt=True`, but this model has no prompt; build it with `prompt="pad"`.')
             pixel_values = self.prompt(pixel_values)
-        return self.backbone(pixel_values=pixel_values, **self._backbone_kwargs).logits
+        with recomputing() if self.config.state == "search" else nullcontext():
+            return self.backbone(pixel_values=pixel_values, **self._backbone_kwargs).logits
 
     # Parameters by role ----------------------------------------------------------------------------------------------
 

@@ -81,11 +81,10 @@ class _Piece(NamedTuple):
     values: Tensor
     mask: np.ndarray
 
-    def array(self, magnitude: bool) -> np.ndarray:
-        """The values as numpy knows them; half precision widens exactly."""
-        known = self.values.dtype in (torch.float32, torch.float64)
-        array = (self.values if known else self.values.float()).numpy()
-        return np.abs(array) if magnitude else array
+
+def _array(values: Tensor) -> np.ndarray:
+    """The values as numpy knows them; half precision widens exactly."""
+    return (values if values.dtype in (torch.float32, torch.float64) else values.float()).numpy()
 
 
 def _keep_within_bracket(flat: Sequence[Tensor], count: int, magnitude: bool) -> list[Tensor]:
@@ -96,7 +95,7 @@ def _keep_within_bracket(flat: Sequence[Tensor], count: int, magnitude: bool) ->
         for start in range(0, value.numel(), _PIECE)
     ]
     for low, high in (_bracket(flat, count, magnitude), (-math.inf, math.inf)):
-        found = _map(lambda piece: _mark(piece, magnitude, low, high), pieces)  # noqa: B023  # used at once
+        found = _in_threads(lambda stretch: _mark(stretch, magnitude, low, high), pieces)  # noqa: B023  # used at once
         missing = count - sum(above for above, _, _ in found)
         within = np.concatenate([values for _, _, values in found]) if found else np.empty(0, dtype=np.float32)
         if np.isnan(within).any():
@@ -115,15 +114,16 @@ def _bracket(flat: Sequence[Tensor], count: int, magnitude: bool) -> tuple[float
     total = sum(value.numel() for value in flat)
     if total <= _SAMPLE:
         return -math.inf, math.inf
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.default_rng(0)
     sample = np.concatenate(
         [
-            _Piece(value[torch.randint(value.numel(), (size,), generator=generator)], np.empty(0)).array(magnitude)
+            _array(value[torch.from_numpy(generator.integers(value.numel(), size=size))])
             for value in flat
             for size in [math.ceil(_SAMPLE * value.numel() / total)]
             if size
         ]
     )
+    sample = np.abs(sample) if magnitude else sample
     share = 1 - count / total
     middle, spread = share * len(sample), _DEVIATIONS * math.sqrt(share * (1 - share) * len(sample)) + 1
     first, last = math.floor(middle - spread), math.ceil(middle + spread)
@@ -134,22 +134,23 @@ def _bracket(flat: Sequence[Tensor], count: int, magnitude: bool) -> tuple[float
     )
 
 
-def _mark(piece: _Piece, magnitude: bool, low: float, high: float) -> tuple[int, np.ndarray, np.ndarray]:
+def _mark(
+    pieces: Sequence[_Piece], magnitude: bool, low: float, high: float
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """Mark what is above the bracket; how many these are, and positions and values of what is within it."""
-    values = piece.array(magnitude)
-    np.greater(values, high, out=piece.mask)
-    # Neither below nor above, which NaN is, too.
-    within = np.equal(values < low, piece.mask)
-    positions = _true_positions(within)
-    return int(np.count_nonzero(piece.mask)), positions, values[positions]
-
-
-def _true_positions(flags: np.ndarray) -> np.ndarray:
-    """As `np.flatnonzero`, faster where few are True: eight flags are skipped at a time."""
-    whole = flags.size // 8 * 8
-    eights = np.flatnonzero(flags[:whole].view(np.uint64))
-    rows, columns = np.nonzero(flags[:whole].reshape(-1, 8)[eights])
-    return np.concatenate([8 * eights[rows] + columns, whole + np.flatnonzero(flags[whole:])])
+    found = []
+    # Written over by every piece, because fresh memory costs more than all comparisons.
+    magnitudes, below = np.empty(_PIECE, _array(pieces[0].values[:0]).dtype), np.empty(_PIECE, dtype=bool)
+    for piece in pieces:
+        values, size = _array(piece.values), piece.mask.size
+        if magnitude:
+            values = np.abs(values, out=magnitudes[:size])
+        np.greater(values, high, out=piece.mask)
+        # Neither below nor above, which NaN is, too.
+        within = np.equal(np.less(values, low, out=below[:size]), piece.mask, out=below[:size])
+        positions = np.flatnonzero(within)
+        found.append((int(np.count_nonzero(piece.mask)), positions, values[positions]))
+    return found
 
 
 def overwrite_masks(masks: Mapping[str, Tensor], selected: Mapping[str, Tensor]) -> int:
@@ -170,16 +171,20 @@ def _count_differences(pairs: Sequence[tuple[Tensor, Tensor]]) -> int:
         for first, second in arrays
         for start in range(0, first.size, _PIECE)
     ]
-    return sum(_map(lambda piece: int(np.count_nonzero(piece[0] != piece[1])), pieces))
+    return sum(_in_threads(_differences, pieces))
 
 
-def _map(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Apply a function to all items, in as many threads as torch uses; numpy lets others run meanwhile."""
+def _differences(pieces: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[int]:
+    differs = np.empty(_PIECE, dtype=bool)
+    return [int(np.count_nonzero(np.not_equal(first, second, out=differs[: first.size]))) for first, second in pieces]
+
+
+def _in_threads(function: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
+    """Apply a function to stretches of all items, in as many threads as torch uses, and join what it returns."""
     threads = min(torch.get_num_threads(), len(items))
     if threads < 2:
-        return [function(item) for item in items]
-    # A stretch for each thread, because handing over single items costs more than they do.
+        return function(items) if items else []
     ends = [len(items) * thread // threads for thread in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
-        parts = pool.map(lambda start, end: [function(item) for item in items[start:end]], ends[:-1], ends[1:])
+        parts = pool.map(lambda start, end: function(items[start:end]), ends[:-1], ends[1:])
         return [result for part in parts for result in part]
