@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import os
 import tempfile
@@ -15,25 +14,30 @@ import torch
 from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
-    TimmWrapperImageProcessor,
-)
+from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, cached_file
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
-from . import checkpoint, masking, sharding
+from . import backbones, checkpoint, masking, sharding
 from .configuration import PromptedSparseConfig
-from .hub import CARD_NAME, clear_errors, full_repo_id, pinned_revision, push_folder, short_card
-from .label_mapping import get_label_mapping
+from .hub import (
+    CARD_NAME,
+    clear_errors,
+    find_file,
+    full_repo_id,
+    hub_kwargs,
+    pinned_revision,
+    push_folder,
+    short_card,
+)
+from .label_mapping import (
+    checked_classes,
+    checked_matrix,
+    empty_label_matrix,
+    get_label_mapping,
+    map_logits,
+    take_classes,
+)
 from .prompts import build_prompt
 from .sparsity import SparsityReport, measure_sparsity
 
@@ -82,8 +86,8 @@ class PromptedSparseModel(PreTrainedModel):
         super().__init__(config)
         self.backbone = backbone or AutoModelForImageClassification.from_config(config.backbone_config)
         self.prompt = build_prompt(config)
-        self.register_buffer("label_matrix", _empty_label_matrix(config))
-        self._backbone_kwargs = _position_kwargs(self.backbone, config.image_size)
+        self.register_buffer("label_matrix", empty_label_matrix(config))
+        self._backbone_kwargs = backbones.position_kwargs(self.backbone, config.image_size)
         self._collapsed = set[str]()
         if config.state == "search":
             masking.attach_scores(self.slots(), config.signed_scores)
@@ -183,7 +187,7 @@ class PromptedSparseModel(PreTrainedModel):
             ValueError: no image classifier, nothing to prune, settings that do not fit together.
             OSError: the backbone cannot be found.
         """
-        labels = _label_names(num_labels, id2label)
+        labels = backbones.label_names(num_labels, id2label)
         if label_mapping is not None:
             get_label_mapping(label_mapping)
         if label_mapping is not None and (new_head or labels is None):
@@ -192,29 +196,28 @@ class PromptedSparseModel(PreTrainedModel):
                 "`new_head`."
             )
         masking.kept_count(0, sparsity)
-        model, fresh_head, image_processor = _load_backbone(
+        model, fresh_head, image_processor = backbones.load_backbone(
             backbone, None if label_mapping else labels, new_head, image_processor, kwargs
         )
-        geometry = _image_geometry(model.config, image_processor, image_size, image_mean, image_std)
+        geometry = backbones.image_geometry(model.config, image_processor, image_size, image_mean, image_std)
         config = PromptedSparseConfig(
-            backbone_config=_config_of(model),
+            backbone_config=backbones.config_of(model),
             sparsity=sparsity,
             scope=scope,
             ignore_modules=list(ignore_modules),
-            head_parameters=_head_parameters(model),
+            head_parameters=backbones.head_parameters(model),
             new_head=fresh_head,
             prompt=prompt,
             prompt_size=prompt_size,
-            prompt_inner_size=_height_width(prompt_inner_size),
+            prompt_inner_size=backbones.height_width(prompt_inner_size),
             label_mapping=label_mapping,
             keep_source_head=keep_source_head,
-            id2label=dict(labels or model.config.id2label),
             **geometry,
         )
-        config.label2id = {name: index for index, name in config.id2label.items()}
+        backbones.set_labels(config, labels or model.config.id2label)
         wrapped = cls(config, model)
-        if geometry == _image_geometry(model.config, image_processor, None, None, None):
-            wrapped.image_processor = _savable(image_processor)
+        if geometry == backbones.image_geometry(model.config, image_processor):
+            wrapped.image_processor = backbones.savable(image_processor)
         if not wrapped.slots():
             raise ValueError(
                 f"{type(model).__name__} has no prunable weight: no linear or convolution layer outside "
@@ -313,21 +316,20 @@ class PromptedSparseModel(PreTrainedModel):
         name = str(pretrained_model_name_or_path)
         with clear_errors(f"Could not load {name}", kwargs.get("revision")):
             kwargs["revision"] = pinned_revision(name, kwargs)
-            if "config" not in kwargs and _find_file(name, CONFIG_NAME, kwargs) is None:
-                raise OSError(f"{_place(name, kwargs)} holds no saved model: there is no {CONFIG_NAME} in it.")
+            if "config" not in kwargs and find_file(name, CONFIG_NAME, kwargs) is None:
+                place = "/".join(filter(None, (name, kwargs.get("subfolder"))))
+                raise OSError(f"{place} holds no saved model: there is no {CONFIG_NAME} in it.")
             return cls._from_pretrained(name, *args, **kwargs)
 
     @classmethod
     def _from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> Any:
         wants_info = kwargs.pop("output_loading_info", False)
-        files = checkpoint.find_packed_files(name, lambda file: _find_file(name, file, kwargs), kwargs.get("variant"))
+        files = checkpoint.find_packed_files(name, lambda file: find_file(name, file, kwargs), kwargs.get("variant"))
         # Tensors of another shape are refused below, by one error for all that is wrong.
         kwargs["ignore_mismatched_sizes"] = True
         with checkpoint.open_state_dict(files) as state_dict:
             if files:
-                kwargs["config"] = kwargs.get("config") or cls.config_class.from_pretrained(
-                    name, **_hub_kwargs(kwargs)
-                )
+                kwargs["config"] = kwargs.get("config") or cls.config_class.from_pretrained(name, **hub_kwargs(kwargs))
                 kwargs["state_dict"] = state_dict
             model, info = super().from_pretrained(None if files else name, *args, output_loading_info=True, **kwargs)
         wrong = [
@@ -343,8 +345,8 @@ class PromptedSparseModel(PreTrainedModel):
         model._check_prompt()
         model.name_or_path = model.config.name_or_path = name
         model._mask_gradients()
-        if _find_file(name, IMAGE_PROCESSOR_NAME, kwargs):
-            model.image_processor = _find_image_processor(name, kwargs)
+        if find_file(name, IMAGE_PROCESSOR_NAME, kwargs):
+            model.image_processor = backbones.find_image_processor(name, kwargs)
         return (model, info) if wants_info else model
 
     def push_to_hub(
@@ -352,14 +354,10 @@ class PromptedSparseModel(PreTrainedModel):
         repo_id: str,
         *,
         packed: bool | None = None,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
         max_shard_size: int | str = "50GB",
         tags: Sequence[str] | None = None,
+        token: bool | str | None = None,
+        **kwargs: Any,
     ) -> CommitInfo:
         """Publish the model, its image processor if known, and a short model card, in one commit.
 
@@ -370,13 +368,11 @@ class PromptedSparseModel(PreTrainedModel):
         Args:
             repo_id: `user/name`; created if needed.
             packed: as in [`~PromptedSparseModel.save_pretrained`].
-            commit_message, commit_description: of the commit.
-            private: whether a repository that is created is private; None: as the account's default is.
-            token: of an account that may write; None: that of `hf auth login`.
-            revision: branch to commit to, created from `main` if needed; None: `main`.
-            create_pr: open a pull request against `revision` instead.
             max_shard_size: largest size of a weight file before packing, such as `"5GB"`.
             tags: further tags of the card.
+            token: of an account that may write; None: that of `hf auth login`.
+            kwargs: further arguments of [`hub.push_folder`]: `commit_message`, `commit_description`, `private`,
+                `revision` and `create_pr`.
 
         Raises:
             OSError: the Hub cannot be reached or refuses.
@@ -385,16 +381,7 @@ class PromptedSparseModel(PreTrainedModel):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, packed=packed, max_shard_size=max_shard_size)
             self.short_card(repo_id, tags or ()).save(Path(folder) / CARD_NAME)
-            return push_folder(
-                folder,
-                repo_id,
-                commit_message=commit_message or "Upload model",
-                commit_description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )
+            return push_folder(folder, repo_id, token=token, **kwargs)
 
     def short_card(self, title: str, tags: Sequence[str] = (), **metadata: Any) -> ModelCard:
         """A model card of what the model itself knows: what it is, how sparse, how to load it.
@@ -403,8 +390,7 @@ class PromptedSparseModel(PreTrainedModel):
             title: heading of the card, and where its code loads the model from: `user/name`, or a folder.
             tags, metadata: further metadata, such as `license` or `datasets`.
         """
-        masks = self.masks().values()
-        kept, total = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+        kept, total = self._kept_and_total()
         source = self.config.backbone_config.name_or_path
         return short_card(
             title,
@@ -444,7 +430,7 @@ class PromptedSparseModel(PreTrainedModel):
         Raises:
             ValueError: a prompt is asked for and there is none.
         """
-        logits = self._map_labels(self.head_logits(pixel_values, use_prompt))
+        logits = map_logits(self.head_logits(pixel_values, use_prompt), self.config, self.label_matrix)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
@@ -512,8 +498,12 @@ class PromptedSparseModel(PreTrainedModel):
     @property
     def sparsity(self) -> float:
         """Fraction of the prunable weights that are masked, measured."""
+        kept, total = self._kept_and_total()
+        return 1 - kept / total
+
+    def _kept_and_total(self) -> tuple[int, int]:
         masks = self.masks().values()
-        return 1 - sharding.count_true(masks) / sum(mask.numel() for mask in masks)
+        return sharding.count_true(masks), sum(mask.numel() for mask in masks)
 
     def attach_scores(self, signed: bool = False) -> None:
         """Dense to search: give every prunable weight scores and a mask; scores and prompt become trainable.
@@ -586,7 +576,7 @@ class PromptedSparseModel(PreTrainedModel):
             ValueError: names or shapes differ from those of `masks()`.
         """
         slots = self.slots()
-        _check_masks(masks, slots)
+        masking.check_masks(masks, slots)
         own = self.masks()
         masks = {name: sharding.arranged_like(mask.detach().clone().bool(), own[name]) for name, mask in masks.items()}
         if self.config.state == "frozen":
@@ -741,9 +731,9 @@ class PromptedSparseModel(PreTrainedModel):
                 "set."
             )
         if self.label_matrix is not None:
-            self.label_matrix.copy_(_label_matrix(mapping, self.label_matrix.shape))
+            self.label_matrix.copy_(checked_matrix(mapping, self.label_matrix.shape))
         else:
-            mapped = _mapped_labels(mapping, self.config.num_labels, self.config.backbone_config.num_labels)
+            mapped = checked_classes(mapping, self.config.num_labels, self.config.backbone_config.num_labels)
             if final and not self.config.keep_source_head:
                 return self._slice_head(mapped)
             self.config.mapped_labels = mapped
@@ -753,38 +743,26 @@ class PromptedSparseModel(PreTrainedModel):
         self.gather()
         config = copy.deepcopy(self.config)
         config.mapped_labels, config.label_mapping_state = mapped, "final"
-        config.backbone_config.id2label = dict(config.id2label)
-        config.backbone_config.label2id = dict(config.label2id)
-        trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
-        training = self.training
-        with torch.device(self.device):
-            sliced = type(self)(config)
-        target_shapes = {name: tensor.shape for name, tensor in sliced.state_dict().items()}
-        rows = torch.tensor(mapped, device=self.device)
-        sliced.load_state_dict(
-            {name: _take_rows(tensor, target_shapes[name], rows) for name, tensor in self.state_dict().items()},
-            assign=True,
-        )
-        for name, parameter in sliced.named_parameters():
-            parameter.requires_grad_(trainable[name])
-        sliced.image_processor = self.image_processor
-        self.become(sliced.train(training))
+        backbones.set_labels(config.backbone_config, config.id2label)
+        sliced = self._rebuilt(config)
+        shapes = {name: tensor.shape for name, tensor in sliced.state_dict().items()}
+        sliced.load_state_dict(take_classes(self.state_dict(), shapes, mapped), assign=True)
+        self.become(sliced)
         if self.config.state == "search":
             self.update_masks()
         elif self.config.state == "frozen":
             self.config.sparsity = self.sparsity
 
-    def _map_labels(self, logits: Tensor) -> Tensor:
-        """Target logits [n, num_labels] of the head's logits; these themselves until a mapping is set."""
-        state = self.config.label_mapping_state
-        if state == "unset":
-            return logits
-        if self.label_matrix is not None:
-            # Autocast would round the weights to half precision.
-            with torch.autocast(logits.device.type, enabled=False):
-                return (logits.float() @ self.label_matrix.float()).to(logits.dtype)
-        reads_source_head = state == "open" or self.config.keep_source_head
-        return logits[:, self.config.mapped_labels] if reads_source_head else logits
+    def _rebuilt(self, config: PromptedSparseConfig) -> Self:
+        """A model of that configuration that is trained as this one is; its weights are still to be loaded."""
+        trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        with torch.device(self.device):
+            # torch makes the class of a sharded module build the plain one.
+            model = type(self)(config)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+        model.image_processor = self.image_processor
+        return model.train(self.training)
 
     def become(self, other: PromptedSparseModel) -> None:
         """Take over another model's weights, state and configuration, so that references to this one stay good."""
@@ -809,15 +787,8 @@ class PromptedSparseModel(PreTrainedModel):
         """
         if not sharding.is_sharded(self.parameters()):
             return
-        state = sharding.full_state(self, on_every_process=True)
-        trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
-        with torch.device(self.device):
-            # torch makes the class of a sharded module build the plain one.
-            whole = type(self)(copy.deepcopy(self.config))
-        whole.load_state_dict(state, assign=True)
-        for name, parameter in whole.named_parameters():
-            parameter.requires_grad_(trainable[name])
-        whole.train(self.training)
+        whole = self._rebuilt(copy.deepcopy(self.config))
+        whole.load_state_dict(sharding.full_state(self, on_every_process=True), assign=True)
         sharding.forget(self)
         self.__class__ = type(whole)
         self.become(whole)
@@ -833,10 +804,7 @@ class PromptedSparseModel(PreTrainedModel):
         if self.config.state == "search":
             self.freeze_masks()
         if self.config.state == "frozen":
-            weights = [masking.stored_weight(slot) for slot in self.slots().values()]
             masking.unfreeze(self.slots())
-            for weight in weights:
-                weight._backward_hooks = None
         return self.backbone
 
     def sparsity_report(self) -> SparsityReport:
@@ -856,285 +824,3 @@ def _differences(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list
         if name in other and other[name].shape != mask.shape
     ]
     return missing + surplus + shapes
-
-
-def _check_masks(masks: Mapping[str, Tensor], slots: Mapping[str, masking.Slot]) -> None:
-    if unknown := sorted(set(masks) ^ set(slots)):
-        raise ValueError(
-            f"Masks must name exactly the {len(slots)} prunable weights of this model; {len(unknown)} names differ, "
-            f"such as {unknown[0]}."
-        )
-    for name, slot in slots.items():
-        if masks[name].shape != (shape := masking.stored_weight(slot).shape):
-            raise ValueError(
-                f"The mask of {name} has shape {tuple(masks[name].shape)}; the weight has {tuple(shape)}."
-            )
-
-
-def _empty_label_matrix(config: PromptedSparseConfig) -> Tensor | None:
-    """Room for the weights [source, num_labels] of a Bayesian label mapping, or None for any other."""
-    if config.label_mapping != "bayesian":
-        return None
-    return torch.zeros(config.backbone_config.num_labels, config.num_labels, dtype=torch.float32)
-
-
-def _label_matrix(mapping: Tensor | Sequence[int], shape: torch.Size) -> Tensor:
-    matrix = torch.as_tensor(mapping)
-    if matrix.shape != shape or not matrix.isfinite().all():
-        raise ValueError(
-            f"A Bayesian label mapping needs finite weights of shape {tuple(shape)}, [source, target]; got shape "
-            f"{tuple(matrix.shape)} or values that are not finite."
-        )
-    return matrix
-
-
-def _mapped_labels(mapping: Tensor | Sequence[int], num_target: int, num_source: int) -> list[int]:
-    mapped = torch.as_tensor(mapping)
-    if (
-        mapped.shape != (num_target,)
-        or mapped.is_floating_point()
-        or not ((mapped >= 0) & (mapped < num_source)).all()
-    ):
-        raise ValueError(
-            f"A label mapping needs one source class in [0, {num_source}) for each of the {num_target} target "
-            f"classes; got {mapped.tolist()}."
-        )
-    return mapped.tolist()
-
-
-def _take_rows(tensor: Tensor, shape: torch.Size, rows: Tensor) -> Tensor:
-    for dim, (current, target) in enumerate(zip(tensor.shape, shape, strict=True)):
-        if current != target:
-            return tensor.index_select(dim, rows)
-    return tensor
-
-
-# Loading a backbone --------------------------------------------------------------------------------------------------
-
-
-def _label_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[int, str] | None:
-    if id2label is not None:
-        if num_labels not in (None, len(id2label)):
-            raise ValueError(
-                f"`num_labels` is {num_labels}, but `id2label` names {len(id2label)} labels; pass one of them."
-            )
-        return {int(index): name for index, name in id2label.items()}
-    return None if num_labels is None else {index: f"LABEL_{index}" for index in range(num_labels)}
-
-
-def _load_backbone(
-    backbone: str | nn.Module,
-    labels: dict[int, str] | None,
-    new_head: bool | None,
-    image_processor: BaseImageProcessor | None,
-    kwargs: dict[str, Any],
-) -> tuple[PreTrainedModel, bool, BaseImageProcessor | None]:
-    """The image classifier with the task's labels, whether its head is new, and its image processor if any."""
-    if isinstance(backbone, nn.Module):
-        if kwargs:
-            raise TypeError(f"{', '.join(kwargs)} only apply when the backbone is a Hub id or a folder.")
-        model, missing = _as_classifier(backbone), set[str]()
-    else:
-        model, missing = _download(backbone, kwargs)
-        image_processor = image_processor or _find_image_processor(backbone, kwargs)
-    head = set(_head_parameters(model))
-    if lost := sorted(missing - head):
-        raise ValueError(
-            f"{backbone} is no complete checkpoint of {type(model).__name__}: {len(lost)} weights are missing, such "
-            f"as {lost[0]}."
-        )
-    fresh = bool(missing) or new_head is True or (labels is not None and len(labels) != model.config.num_labels)
-    if fresh and new_head is False:
-        raise ValueError(
-            f"`new_head=False` keeps the pretrained head, but it has {model.config.num_labels} labels"
-            + (f" and the task has {len(labels)}." if labels else " that the checkpoint does not hold.")
-        )
-    if fresh:
-        model = _with_new_head(model, head, labels or dict(model.config.id2label))
-    elif labels is not None:
-        model.config.id2label, model.config.label2id = labels, {name: index for index, name in labels.items()}
-    return model, fresh, image_processor
-
-
-def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
-    try:
-        config = AutoConfig.from_pretrained(name, **_hub_kwargs(kwargs))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise type(error)(
-            f"{name!r} is no local folder with a transformers or timm config.json, nor could it be read from the Hub "
-            f"({reason}). "
-            "Check the spelling, the network, and `hf auth login` for private and gated models."
-        ) from error
-    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        raise ValueError(
-            f"{name} is a {config.model_type!r} model, and transformers has no image classifier of that type; pass "
-            "the id of "
-            "an image classification model."
-        )
-    model, info = AutoModelForImageClassification.from_pretrained(
-        name, **{"dtype": torch.float32} | kwargs, output_loading_info=True
-    )
-    return model, set(info["missing_keys"])
-
-
-_HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
-
-
-def _hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
-
-
-def _find_file(name: str, file: str, kwargs: Mapping[str, Any]) -> str | None:
-    """The local path of a file of a model, downloaded if needed; None where the model has no such file."""
-    try:
-        return cached_file(name, file, **_hub_kwargs(kwargs))
-    except OSError as error:
-        # transformers names a cause for everything but a file that is not there.
-        if error.__cause__ is None:
-            return None
-        raise
-
-
-def _place(name: str, kwargs: Mapping[str, Any]) -> str:
-    return f"{name}/{kwargs['subfolder']}" if kwargs.get("subfolder") else name
-
-
-def _savable(image_processor: BaseImageProcessor | None) -> BaseImageProcessor | None:
-    # transformers keeps that of timm models in the model's config.json, and saves no file of its own.
-    return None if isinstance(image_processor, TimmWrapperImageProcessor) else image_processor
-
-
-def _find_image_processor(name: str, kwargs: dict[str, Any]) -> BaseImageProcessor | None:
-    try:
-        return AutoImageProcessor.from_pretrained(name, **_hub_kwargs(kwargs))
-    except (OSError, ValueError):
-        # Without one, size and normalisation come from the configuration or the caller.
-        return None
-
-
-def _as_classifier(model: nn.Module) -> PreTrainedModel:
-    if isinstance(model, PreTrainedModel):
-        if (
-            type(model.config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-            or "ForImageClassification" not in type(model).__name__
-        ):
-            raise ValueError(
-                f"{type(model).__name__} is no image classifier; pass a model whose output has one logit a label, "
-                "such as one of "
-                "`AutoModelForImageClassification`."
-            )
-        return model
-    try:
-        timm_model: Any = model
-        pretrained_cfg, num_classes = dict(timm_model.pretrained_cfg), int(timm_model.num_classes)
-    except AttributeError:
-        raise ValueError(
-            f"{type(model).__name__} is neither a transformers image classifier nor a timm model; wrap it as one of "
-            "them."
-        ) from None
-    config = TimmWrapperConfig.from_dict(
-        {"architecture": pretrained_cfg["architecture"], "num_classes": num_classes, "pretrained_cfg": pretrained_cfg}
-    )
-    wrapper = TimmWrapperForImageClassification(config)
-    try:
-        wrapper.timm_model.load_state_dict(model.state_dict())
-    except RuntimeError as error:
-        raise ValueError(
-            f"This {config.architecture} was made with other arguments than timm's defaults; wrap it yourself with "
-            "`TimmWrapperForImageClassification(TimmWrapperConfig(architecture=..., model_args={...}))`."
-        ) from error
-    return wrapper.to(next(model.parameters()).device)
-
-
-def _config_of(model: PreTrainedModel) -> PreTrainedConfig:
-    """A copy that rebuilds this very class; transformers writes into the configurations that it is given."""
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    if Path(config.name_or_path).is_dir():
-        # Where it lies on this machine is of no use to others.
-        config.name_or_path = Path(config.name_or_path).name
-    return config
-
-
-def _rebuilt(model: PreTrainedModel, labels: dict[int, str]) -> PreTrainedModel:
-    """A model of the same class and configuration with fresh weights and other labels."""
-    config = _config_of(model)
-    config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}
-    return AutoModelForImageClassification.from_config(config)
-
-
-def _head_parameters(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters whose shape follows the number of labels."""
-    labels = {index: str(index) for index in range(model.config.num_labels + 1)}
-    try:
-        with torch.device("meta"):
-            wider = _rebuilt(model, labels)
-    except RuntimeError:
-        # Some timm models read values of tensors while they are built.
-        wider = _rebuilt(model, labels)
-    shapes = {name: parameter.shape for name, parameter in wider.named_parameters()}
-    return [name for name, parameter in model.named_parameters() if parameter.shape != shapes[name]]
-
-
-def _with_new_head(model: PreTrainedModel, head: set[str], labels: dict[int, str]) -> PreTrainedModel:
-    """The same model with a freshly initialised head for these labels."""
-    fresh = _rebuilt(model, labels).to(device=model.device, dtype=model.dtype).train(model.training)
-    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in head}
-    fresh.load_state_dict(kept | {name: tensor for name, tensor in fresh.state_dict().items() if name in head})
-    return fresh
-
-
-# Image size and normalisation ----------------------------------------------------------------------------------------
-
-
-def _height_width(size: Any) -> list[int] | None:
-    """(height, width) of a side, a pair, or an image processor's size dictionary."""
-    if size is None:
-        return None
-    if isinstance(size, int):
-        return [size, size]
-    if isinstance(size, Sequence):
-        return [int(side) for side in size]
-    if "height" in size and "width" in size:
-        return [size["height"], size["width"]]
-    return [size["shortest_edge"], size["shortest_edge"]] if "shortest_edge" in size else None
-
-
-def _image_geometry(
-    config: PreTrainedConfig,
-    image_processor: BaseImageProcessor | None,
-    image_size: Sequence[int] | int | None,
-    image_mean: Sequence[float] | None,
-    image_std: Sequence[float] | None,
-) -> dict[str, Any]:
-    """Image size, mean and std: as passed, else the processor's, else timm's or the backbone's configuration's."""
-    processor = image_processor.to_dict() if image_processor is not None else {}
-    timm_cfg = config.to_dict().get("pretrained_cfg") or {}
-    timm_size = timm_cfg.get("input_size")
-    sizes = (
-        image_size,
-        processor.get("crop_size") if processor.get("do_center_crop") else None,
-        processor.get("size"),
-        timm_size[1:] if timm_size else None,
-        config.to_dict().get("image_size"),
-    )
-    found = (_height_width(size) for size in sizes)
-    return {
-        "image_size": next((size for size in found if size), None),
-        "image_mean": _first(image_mean, processor.get("image_mean"), timm_cfg.get("mean")),
-        "image_std": _first(image_std, processor.get("image_std"), timm_cfg.get("std")),
-    }
-
-
-def _first(*values: Sequence[float] | None) -> list[float] | None:
-    return next((list(value) for value in values if value is not None), None)
-
-
-def _position_kwargs(backbone: PreTrainedModel, image_size: Sequence[int] | None) -> dict[str, bool]:
-    """Ask the backbone to interpolate its position embeddings when images have another size than its own."""
-    native = _height_width(backbone.config.to_dict().get("image_size"))
-    if image_size is None or native is None or list(image_size) == native:
-        return {}
-    parameters = inspect.signature(backbone.forward).parameters
-    return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}

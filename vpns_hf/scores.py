@@ -85,8 +85,6 @@ def dense_copy(model: PromptedSparseModel, masks: Mapping[str, Tensor] | None = 
         dense.detach_scores()
     elif dense.config.state == "frozen":
         masking.unfreeze(dense.slots())
-        for weight in dense.prunable_weights().values():
-            weight._backward_hooks = None
         dense.config.state = "dense"
     dense.float().eval()
     if dense.backbone.config._attn_implementation not in _PLAIN_ATTENTION:
