@@ -211,6 +211,11 @@ def stored_weight(slot: Slot) -> Tensor:
     return slot.module.get_parameter(slot.tensor_name)
 
 
+def all_kept(slots: Mapping[str, Slot]) -> dict[str, Tensor]:
+    """A mask for each weight that prunes nothing."""
+    return {name: torch.ones_like(stored_weight(slot), dtype=torch.bool) for name, slot in slots.items()}
+
+
 def _parametrizations(slot: Slot) -> parametrize.ParametrizationList:
     by_tensor = cast(nn.ModuleDict, slot.module.parametrizations)
     return cast(parametrize.ParametrizationList, by_tensor[slot.tensor_name])

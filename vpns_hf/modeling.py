@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
-from . import backbones, checkpoint, masking, sharding
+from . import backbones, checkpoint, hub, masking
 from .configuration import PromptedSparseConfig
-from .hub import (
-    CARD_NAME,
-    clear_errors,
-    find_file,
-    full_repo_id,
-    hub_kwargs,
-    pinned_revision,
-    push_folder,
-    short_card,
-)
 from .label_mapping import (
     checked_classes,
     checked_matrix,
@@ -39,16 +28,13 @@ from .label_mapping import (
     take_classes,
 )
 from .prompts import build_prompt
-from .sparsity import SparsityReport, measure_sparsity
-
-logger = logging.getLogger(__name__)
+from .sparse_model import SparseModel
 
 PROMPT_TENSORS = ("prompt", "label_matrix")
-ROLES = ("scores", "prompt", "head", "weights")
 PROMPT_FIELDS = ("prompt", "prompt_size", "prompt_inner_size", "image_size", "image_mean", "image_std", "use_prompt")
 
 
-class PromptedSparseModel(PreTrainedModel):
+class PromptedSparseModel(SparseModel):
     """A pretrained image classifier, pruned by masks and reprogrammed by a visual prompt (VPNs, arXiv 2312.01397).
 
     Made by [`~PromptedSparseModel.from_backbone`], or loaded by `from_pretrained`. The model is in one of three
@@ -77,26 +63,12 @@ class PromptedSparseModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["scores", "prompt", "label_matrix"]  # noqa: RUF012
     # Set while the prompt is trained alone: no dropout, and BatchNorm keeps its running statistics.
     eval_backbone = False
-    image_processor: BaseImageProcessor | None = None
-    config: PromptedSparseConfig
-    backbone: PreTrainedModel
     label_matrix: Tensor | None
 
     def __init__(self, config: PromptedSparseConfig, backbone: PreTrainedModel | None = None):
-        super().__init__(config)
-        self.backbone = backbone or AutoModelForImageClassification.from_config(config.backbone_config)
+        super().__init__(config, backbone)
         self.prompt = build_prompt(config)
         self.register_buffer("label_matrix", empty_label_matrix(config))
-        self._backbone_kwargs = backbones.position_kwargs(self.backbone, config.image_size)
-        self._collapsed = set[str]()
-        if config.state == "search":
-            masking.attach_scores(self.slots(), config.signed_scores)
-        elif config.state == "frozen":
-            slots = self.slots()
-            masking.freeze(
-                slots,
-                {name: torch.ones_like(masking.stored_weight(slot), dtype=torch.bool) for name, slot in slots.items()},
-            )
         self.post_init()
 
     def train(self, mode: bool = True) -> Self:
@@ -118,17 +90,8 @@ class PromptedSparseModel(PreTrainedModel):
         # timm has its own way.
         self.backbone._set_gradient_checkpointing(*args, **kwargs)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Hooks on parameters are lost when a model is copied.
-        super().__setstate__(state)
-        self._mask_gradients()
-
     def get_input_embeddings(self) -> None:
         """None: images have no embeddings of tokens, which accelerate would shard on their own."""
-
-    def _mask_gradients(self) -> None:
-        if self.config.state == "frozen":
-            masking.mask_gradients(self.slots())
 
     # Building --------------------------------------------------------------------------------------------------------
 
@@ -314,9 +277,9 @@ class PromptedSparseModel(PreTrainedModel):
             OSError: there is no such model or revision, it is private, or the Hub cannot be reached.
         """
         name = str(pretrained_model_name_or_path)
-        with clear_errors(f"Could not load {name}", kwargs.get("revision")):
-            kwargs["revision"] = pinned_revision(name, kwargs)
-            if "config" not in kwargs and find_file(name, CONFIG_NAME, kwargs) is None:
+        with hub.clear_errors(f"Could not load {name}", kwargs.get("revision")):
+            kwargs["revision"] = hub.pinned_revision(name, kwargs)
+            if "config" not in kwargs and hub.find_file(name, CONFIG_NAME, kwargs) is None:
                 place = "/".join(filter(None, (name, kwargs.get("subfolder"))))
                 raise OSError(f"{place} holds no saved model: there is no {CONFIG_NAME} in it.")
             return cls._from_pretrained(name, *args, **kwargs)
@@ -324,13 +287,15 @@ class PromptedSparseModel(PreTrainedModel):
     @classmethod
     def _from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> Any:
         wants_info = kwargs.pop("output_loading_info", False)
-        files = checkpoint.find_packed_files(name, lambda file: find_file(name, file, kwargs), kwargs.get("variant"))
+        files = checkpoint.find_packed_files(
+            name, lambda file: hub.find_file(name, file, kwargs), kwargs.get("variant")
+        )
         # Tensors of another shape are refused below, by one error for all that is wrong.
         kwargs["ignore_mismatched_sizes"] = True
         with checkpoint.open_state_dict(files) as state_dict:
             if files:
-                kwargs["config"] = kwargs.get("config") or cls.config_class.from_pretrained(name, **hub_kwargs(kwargs))
-                kwargs["state_dict"] = state_dict
+                config = kwargs.get("config") or cls.config_class.from_pretrained(name, **hub.hub_kwargs(kwargs))
+                kwargs |= {"config": config, "state_dict": state_dict}
             model, info = super().from_pretrained(None if files else name, *args, output_loading_info=True, **kwargs)
         wrong = [
             *(f"{key} is missing" for key in sorted(info["missing_keys"])),
@@ -345,7 +310,7 @@ class PromptedSparseModel(PreTrainedModel):
         model._check_prompt()
         model.name_or_path = model.config.name_or_path = name
         model._mask_gradients()
-        if find_file(name, IMAGE_PROCESSOR_NAME, kwargs):
+        if hub.find_file(name, IMAGE_PROCESSOR_NAME, kwargs):
             model.image_processor = backbones.find_image_processor(name, kwargs)
         return (model, info) if wants_info else model
 
@@ -377,11 +342,11 @@ class PromptedSparseModel(PreTrainedModel):
         Raises:
             OSError: the Hub cannot be reached or refuses.
         """
-        repo_id = full_repo_id(repo_id, token)
+        repo_id = hub.full_repo_id(repo_id, token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, packed=packed, max_shard_size=max_shard_size)
-            self.short_card(repo_id, tags or ()).save(Path(folder) / CARD_NAME)
-            return push_folder(folder, repo_id, token=token, **kwargs)
+            self.short_card(repo_id, tags or ()).save(Path(folder) / hub.CARD_NAME)
+            return hub.push_folder(folder, repo_id, token=token, **kwargs)
 
     def short_card(self, title: str, tags: Sequence[str] = (), **metadata: Any) -> ModelCard:
         """A model card of what the model itself knows: what it is, how sparse, how to load it.
@@ -392,7 +357,7 @@ class PromptedSparseModel(PreTrainedModel):
         """
         kept, total = self._kept_and_total()
         source = self.config.backbone_config.name_or_path
-        return short_card(
+        return hub.short_card(
             title,
             tags,
             {"base_model": source if "/" in source else None} | metadata,
@@ -452,163 +417,7 @@ class PromptedSparseModel(PreTrainedModel):
             pixel_values = self.prompt(pixel_values)
         return self.backbone(pixel_values=pixel_values, **self._backbone_kwargs).logits
 
-    # Parameters by role ----------------------------------------------------------------------------------------------
-
-    def slots(self) -> dict[str, masking.Slot]:
-        """Where the prunable weights live, by backbone parameter name."""
-        skip = self.config.head_parameters if self.config.new_head else ()
-        return masking.prunable_slots(self.backbone, self.config.ignore_modules, skip)
-
-    def parameters_by_role(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Every parameter under its role: `scores`, `prompt`, `head` (a new head only) or `weights`."""
-        new_head = {f"backbone.{name}" for name in self.config.head_parameters} if self.config.new_head else set()
-        roles: dict[str, dict[str, nn.Parameter]] = {role: {} for role in ROLES}
-        for name, parameter in self.named_parameters():
-            if name.startswith("prompt."):
-                roles["prompt"][name] = parameter
-            elif name.endswith(".scores"):
-                roles["scores"][name] = parameter
-            else:
-                roles["head" if name in new_head else "weights"][name] = parameter
-        return roles
-
-    def train_only(self, *roles: str) -> None:
-        """Set `requires_grad` for the parameters of these roles and clear it for all others."""
-        for role, parameters in self.parameters_by_role().items():
-            for parameter in parameters.values():
-                parameter.requires_grad_(role in roles)
-
-    # Masks -----------------------------------------------------------------------------------------------------------
-
-    def scores(self) -> dict[str, Tensor]:
-        """The score parameters by backbone parameter name; empty outside the search state."""
-        if self.config.state != "search":
-            return {}
-        return {name: part.scores for name, part in masking.masked_weights(self.slots()).items()}
-
-    def masks(self) -> dict[str, Tensor]:
-        """The masks by backbone parameter name, True = kept; all True in the dense state."""
-        slots = self.slots()
-        if self.config.state == "search":
-            return {name: part.mask for name, part in masking.masked_weights(slots).items()}
-        if self.config.state == "frozen":
-            return masking.frozen_masks(slots)
-        return {name: torch.ones_like(masking.stored_weight(slot), dtype=torch.bool) for name, slot in slots.items()}
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the prunable weights that are masked, measured."""
-        kept, total = self._kept_and_total()
-        return 1 - kept / total
-
-    def _kept_and_total(self) -> tuple[int, int]:
-        masks = self.masks().values()
-        return sharding.count_true(masks), sum(mask.numel() for mask in masks)
-
-    def attach_scores(self, signed: bool = False) -> None:
-        """Dense to search: give every prunable weight scores and a mask; scores and prompt become trainable.
-
-        Args:
-            signed: rank the scores themselves and start them at zero (movement pruning), instead of their absolute
-                values, which start in proportion to the weights (HYDRA, VPNs).
-        """
-        self._require("dense", "attach scores")
-        self.gather()
-        masking.attach_scores(self.slots(), signed)
-        self.config.state, self.config.signed_scores = "search", signed
-        self.train_only("scores", "prompt", "head")
-        self.update_masks()
-        self._warn_of_collapse()
-
-    def detach_scores(self) -> None:
-        """Search to dense: drop scores and masks; all parameters become trainable."""
-        self._require("search", "detach scores")
-        self.gather()
-        masking.detach_scores(self.slots())
-        self.config.state, self.config.signed_scores = "dense", False
-        self.train_only(*ROLES)
-
-    def set_implicit_gradient(self, weight: float) -> None:
-        """Add BiP's implicit gradient to that of the scores (arXiv 2210.04092); search state only.
-
-        It is quadratic in the gradient: with gradient accumulation and on several processes it is that of each
-        micro-batch, summed.
-
-        Args:
-            weight: its factor 1 / gamma; 0 leaves it out.
-        """
-        self._require("search", "set the implicit gradient")
-        for part in masking.masked_weights(self.slots()).values():
-            part.implicit_gradient = weight
-
-    def set_sparsity(self, sparsity: float) -> None:
-        """Change the sparsity and select the masks anew; search state only."""
-        self._require("search", "change the sparsity")
-        masking.kept_count(0, sparsity)
-        self.config.sparsity = sparsity
-        self.update_masks()
-        self._warn_of_collapse()
-
-    def update_masks(self) -> int:
-        """Select the masks from the scores and return how many entries changed; search state only."""
-        self._require("search", "update masks")
-        return masking.update_masks(self.slots(), self.config.sparsity, self.config.scope)
-
-    def freeze_masks(self) -> None:
-        """Search to frozen: write the zeros into the weights, drop the scores; all parameters become trainable.
-
-        From here on pruned weights get no gradient, so they stay exactly zero in any training loop whose optimizer is
-        made after this call.
-        """
-        self._require("search", "freeze masks")
-        self.apply_masks(self.masks())
-
-    def apply_masks(self, masks: Mapping[str, Tensor]) -> int:
-        """Freeze the model with masks found elsewhere, or replace masks that are frozen already.
-
-        Args:
-            masks: bool tensors by backbone parameter name, True = kept; one for each prunable weight.
-
-        Returns:
-            How many entries changed. Weights that were pruned before come back as zeros.
-
-        Raises:
-            ValueError: names or shapes differ from those of `masks()`.
-        """
-        slots = self.slots()
-        masking.check_masks(masks, slots)
-        own = self.masks()
-        masks = {name: sharding.arranged_like(mask.detach().clone().bool(), own[name]) for name, mask in masks.items()}
-        if self.config.state == "frozen":
-            flips = masking.change_frozen_masks(slots, masks)
-            self.config.sparsity = self.sparsity
-            self._warn_of_collapse()
-            return flips
-        flips = sharding.count_true(mask != masks[name].to(mask.device) for name, mask in own.items())
-        masks = {name: sharding.whole(mask) for name, mask in masks.items()}
-        self.gather()
-        slots = self.slots()
-        if self.config.state == "search":
-            self.detach_scores()
-        masking.freeze(slots, masks)
-        self.config.state = "frozen"
-        self.config.sparsity = self.sparsity
-        self.train_only(*ROLES)
-        self._mask_gradients()
-        self._warn_of_collapse()
-        return flips
-
-    def _warn_of_collapse(self) -> None:
-        """Warn of layers that keep no weight, of each of them once."""
-        empty = {name for name, mask in self.masks().items() if not mask.any()}
-        if new := sorted(empty - self._collapsed):
-            logger.warning(
-                "Layer collapse at %.2f%% sparsity: no weight is left in %s. Lower the sparsity, or keep some in "
-                'every layer with `scope="layer"` or `"erk"`.',
-                100 * self.sparsity,
-                ", ".join(new),
-            )
-        self._collapsed = empty
+    # Taken from another model ----------------------------------------------------------------------------------------
 
     def load_subnetwork(
         self, pretrained_model_name_or_path: str | os.PathLike[str], prompt: bool = True, **kwargs: Any
@@ -669,45 +478,6 @@ class PromptedSparseModel(PreTrainedModel):
         for field in PROMPT_FIELDS:
             setattr(self.config, field, getattr(other.config, field))
 
-    def prunable_weights(self) -> dict[str, nn.Parameter]:
-        """The parameters that store the prunable weights, by backbone parameter name, in any state."""
-        return {name: cast(nn.Parameter, masking.stored_weight(slot)) for name, slot in self.slots().items()}
-
-    def backbone_state(self) -> dict[str, Tensor]:
-        """Every parameter and buffer of the dense backbone by its name there, in any state; not copied.
-
-        Scores and masks are left out; in the frozen state pruned weights are zero.
-        """
-        return masking.dense_state(self.backbone)
-
-    @torch.no_grad()
-    def rewind(self, state: Mapping[str, Tensor]) -> None:
-        """Set the backbone back to values that [`~PromptedSparseModel.backbone_state`] gave; masks and scores stay.
-
-        Raises:
-            ValueError: the names differ from those of this backbone.
-        """
-        own = self.backbone_state()
-        if unknown := sorted(set(state) ^ set(own)):
-            raise ValueError(f"The saved state is of another backbone: {len(unknown)} names differ, as {unknown[0]}.")
-        if wrong := [name for name in own if own[name].shape != state[name].shape]:
-            raise ValueError(f"The saved state is of another backbone: {len(wrong)} shapes differ, as of {wrong[0]}.")
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
-        if self.config.state == "frozen":
-            self.zero_masked_weights()
-
-    def zero_masked_weights(self) -> None:
-        """Write the zeros again; for training loops that replace or overwrite parameters. Frozen state only."""
-        self._require("frozen", "write zeros")
-        masking.zero_masked_weights(self.slots())
-
-    def _require(self, state: str, action: str) -> None:
-        if self.config.state != state:
-            raise ValueError(
-                f"Cannot {action}: the model is in the {self.config.state!r} state, and this needs {state!r}."
-            )
-
     # Labels ----------------------------------------------------------------------------------------------------------
 
     def set_label_mapping(self, mapping: Tensor | Sequence[int], final: bool = True) -> None:
@@ -752,66 +522,6 @@ class PromptedSparseModel(PreTrainedModel):
             self.update_masks()
         elif self.config.state == "frozen":
             self.config.sparsity = self.sparsity
-
-    def _rebuilt(self, config: PromptedSparseConfig) -> Self:
-        """A model of that configuration that is trained as this one is; its weights are still to be loaded."""
-        trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
-        with torch.device(self.device):
-            # torch makes the class of a sharded module build the plain one.
-            model = type(self)(config)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable[name])
-        model.image_processor = self.image_processor
-        return model.train(self.training)
-
-    def become(self, other: PromptedSparseModel) -> None:
-        """Take over another model's weights, state and configuration, so that references to this one stay good."""
-        self.__setstate__(other.__dict__)
-
-    # Sharded by FSDP2 -----------------------------------------------------------------------------------------------
-
-    def shard_masks(self) -> None:
-        """Split the masks as `torch.distributed.fsdp.fully_shard(model)` has split the weights; call it right after.
-
-        From then on masks are selected without gathering the scores, and pruned weights get no gradient. Nothing
-        happens where nothing is sharded.
-        """
-        if self.config.state != "dense" and sharding.is_sharded(self.parameters()):
-            masking.shard_masks(self.slots(), self.config.state)
-
-    def gather(self) -> None:
-        """Undo `fully_shard`: every process holds the whole model again; all of them call this together.
-
-        What changes the state of the model or the shape of its head does this by itself, because `fully_shard` cannot
-        follow. Nothing happens where nothing is sharded.
-        """
-        if not sharding.is_sharded(self.parameters()):
-            return
-        whole = self._rebuilt(copy.deepcopy(self.config))
-        whole.load_state_dict(sharding.full_state(self, on_every_process=True), assign=True)
-        sharding.forget(self)
-        self.__class__ = type(whole)
-        self.become(whole)
-
-    # Results ---------------------------------------------------------------------------------------------------------
-
-    def merge_and_unload(self) -> PreTrainedModel:
-        """The plain backbone with the zeros written in; this wrapper must not be used afterwards.
-
-        With `keep_source_head` or a `"bayesian"` label mapping the plain model still has all source classes.
-        """
-        self.gather()
-        if self.config.state == "search":
-            self.freeze_masks()
-        if self.config.state == "frozen":
-            masking.unfreeze(self.slots())
-        return self.backbone
-
-    def sparsity_report(self) -> SparsityReport:
-        """Kept and total weights, bytes and multiply-accumulates of every prunable layer."""
-        return measure_sparsity(
-            self.backbone, self.slots(), self.masks(), self.config.image_size, self._backbone_kwargs
-        )
 
 
 def _differences(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
