@@ -35,13 +35,7 @@ def load_backbone(
 ) -> tuple[PreTrainedModel, bool, BaseImageProcessor | None]:
     """The image classifier with the task's labels, whether its head is new, and its image processor if any.
 
-    Args:
-        backbone, new_head, image_processor, kwargs: as of [`PromptedSparseModel.from_backbone`].
-        labels: of the task; None: those of the backbone.
-
-    Raises:
-        ValueError: no image classifier, an incomplete checkpoint, or a head that cannot be kept.
-        OSError: the backbone cannot be found.
+    Arguments and errors as of [`PromptedSparseModel.from_backbone`]; without `labels` the backbone keeps its own.
     """
     if isinstance(backbone, nn.Module):
         if kwargs:

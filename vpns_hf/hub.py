@@ -216,13 +216,7 @@ def hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_file(name: str, file: str, kwargs: Mapping[str, Any]) -> str | None:
-    """The local path of a file of a model, downloaded if needed; None where the model has no such file.
-
-    Args:
-        name: Hub id or folder.
-        file: its name there.
-        kwargs: the other arguments of `from_pretrained`.
-    """
+    """The local path of a file of a model, downloaded if needed; None where the model has no such file."""
     try:
         return cached_file(name, file, **hub_kwargs(kwargs))
     except OSError as error:

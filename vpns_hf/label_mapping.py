@@ -144,13 +144,6 @@ def count_predictions(pairs: Iterable[tuple[Tensor, Tensor]], num_source: int, n
 # What a mapping does to a head ---------------------------------------------------------------------------------------
 
 
-def empty_label_matrix(config: PromptedSparseConfig) -> Tensor | None:
-    """Room for the weights [source, num_labels] of a Bayesian label mapping, or None for any other."""
-    if config.label_mapping != "bayesian":
-        return None
-    return torch.zeros(config.backbone_config.num_labels, config.num_labels, dtype=torch.float32)
-
-
 def checked_matrix(mapping: Tensor | Sequence[int], shape: torch.Size) -> Tensor:
     """A Bayesian label mapping for a label matrix of that shape.
 
@@ -194,17 +187,15 @@ def map_logits(logits: Tensor, config: PromptedSparseConfig, label_matrix: Tenso
     return logits[:, config.mapped_labels] if reads_source_head else logits
 
 
-def take_classes(
-    state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], classes: Sequence[int]
-) -> dict[str, Tensor]:
+def take_classes(state: Mapping[str, Tensor], like: Mapping[str, Tensor], classes: Sequence[int]) -> dict[str, Tensor]:
     """The state of a model whose head is cut down to some of its classes.
 
     Args:
         state: of the model with all classes.
-        shapes: of the same tensors in the model with these classes alone.
+        like: state of a model with these classes alone, for the shapes.
         classes: which of all classes are kept, in their new order.
     """
-    return {name: _take_rows(tensor, shapes[name], classes) for name, tensor in state.items()}
+    return {name: _take_rows(tensor, like[name].shape, classes) for name, tensor in state.items()}
 
 
 def _take_rows(tensor: Tensor, shape: torch.Size, rows: Sequence[int]) -> Tensor:

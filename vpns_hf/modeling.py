@@ -22,7 +22,6 @@ from .configuration import PromptedSparseConfig
 from .label_mapping import (
     checked_classes,
     checked_matrix,
-    empty_label_matrix,
     get_label_mapping,
     map_logits,
     take_classes,
@@ -68,7 +67,9 @@ class PromptedSparseModel(SparseModel):
     def __init__(self, config: PromptedSparseConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config, backbone)
         self.prompt = build_prompt(config)
-        self.register_buffer("label_matrix", empty_label_matrix(config))
+        shape = (config.backbone_config.num_labels, config.num_labels)
+        matrix = torch.zeros(shape, dtype=torch.float32) if config.label_mapping == "bayesian" else None
+        self.register_buffer("label_matrix", matrix)
         self.post_init()
 
     def train(self, mode: bool = True) -> Self:
@@ -244,28 +245,16 @@ class PromptedSparseModel(SparseModel):
             for file in Path(name).iterdir():
                 os.replace(file, folder / file.name)
 
-    def _save_packed(
-        self,
-        folder: str,
-        state_dict: dict[str, Tensor] | None = None,
-        max_shard_size: int | str = "50GB",
-        variant: str | None = None,
-        save_original_format: bool = True,
-        **kwargs: Any,
-    ) -> None:
+    def _save_packed(self, folder: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
         self._check_prompt()
+        names = ("max_shard_size", "variant", "save_original_format")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs}
         # Everything but the weights; where this process is to write them, a file with one number stands for them.
         super().save_pretrained(folder, state_dict={"placeholder": torch.zeros(1)}, **kwargs)
         for placeholder in Path(folder).glob("*.safetensors"):
             placeholder.unlink()
-            checkpoint.save_weights(
-                Path(folder),
-                self,
-                self.state_dict() if state_dict is None else state_dict,
-                max_shard_size=max_shard_size,
-                variant=variant,
-                save_original_format=save_original_format,
-            )
+            state = self.state_dict() if state_dict is None else state_dict
+            checkpoint.save_weights(Path(folder), self, state, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -515,8 +504,7 @@ class PromptedSparseModel(SparseModel):
         config.mapped_labels, config.label_mapping_state = mapped, "final"
         backbones.set_labels(config.backbone_config, config.id2label)
         sliced = self._rebuilt(config)
-        shapes = {name: tensor.shape for name, tensor in sliced.state_dict().items()}
-        sliced.load_state_dict(take_classes(self.state_dict(), shapes, mapped), assign=True)
+        sliced.load_state_dict(take_classes(self.state_dict(), sliced.state_dict(), mapped), assign=True)
         self.become(sliced)
         if self.config.state == "search":
             self.update_masks()

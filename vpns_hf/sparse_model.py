@@ -27,9 +27,6 @@ class SparseModel(PreTrainedModel):
     Args:
         config: see [`PromptedSparseConfig`]; the model is built in its `state`.
         backbone: the image classifier to wrap; built from `config.backbone_config` when None.
-
-    Attributes:
-        image_processor: saved, loaded and published with the model; None where none is known.
     """
 
     image_processor: BaseImageProcessor | None = None
@@ -209,20 +206,17 @@ class SparseModel(PreTrainedModel):
         masks = {name: sharding.arranged_like(mask.detach().clone().bool(), own[name]) for name, mask in masks.items()}
         if self.config.state == "frozen":
             flips = masking.change_frozen_masks(slots, masks)
-            self.config.sparsity = self.sparsity
-            self._warn_of_collapse()
-            return flips
-        flips = sharding.count_true(mask != masks[name].to(mask.device) for name, mask in own.items())
-        masks = {name: sharding.whole(mask) for name, mask in masks.items()}
-        self.gather()
-        slots = self.slots()
-        if self.config.state == "search":
-            self.detach_scores()
-        masking.freeze(slots, masks)
-        self.config.state = "frozen"
+        else:
+            flips = sharding.count_true(mask != masks[name].to(mask.device) for name, mask in own.items())
+            masks = {name: sharding.whole(mask) for name, mask in masks.items()}
+            self.gather()
+            if self.config.state == "search":
+                self.detach_scores()
+            masking.freeze(self.slots(), masks)
+            self.config.state = "frozen"
+            self.train_only(*ROLES)
+            self._mask_gradients()
         self.config.sparsity = self.sparsity
-        self.train_only(*ROLES)
-        self._mask_gradients()
         self._warn_of_collapse()
         return flips
 
