@@ -19,13 +19,7 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from . import backbones, checkpoint, hub, masking
 from .configuration import PromptedSparseConfig
-from .label_mapping import (
-    checked_classes,
-    checked_matrix,
-    get_label_mapping,
-    map_logits,
-    take_classes,
-)
+from .label_mapping import checked_classes, checked_matrix, get_label_mapping, map_logits, take_classes
 from .prompts import build_prompt
 from .sparse_model import SparseModel
 
