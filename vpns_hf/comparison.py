@@ -221,8 +221,11 @@ def append_result(path: str | os.PathLike[str], result: CellResult) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        line = f"{_end_cut_off_line(file)}{result.to_line()}\n".encode()
-        if os.write(file, line) < len(line):
+        # The half of a line that another process is writing would look cut off.
+        with FileLock(f"{path}.lock"):
+            line = f"{_end_cut_off_line(file)}{result.to_line()}\n".encode()
+            written = os.write(file, line)
+        if written < len(line):
             raise OSError(f"A result was cut off while it was written to {path}.")
         os.fsync(file)
     finally:
