@@ -338,7 +338,8 @@ class PromptedSparseModel(SparseModel):
             title: heading of the card, and where its code loads the model from: `user/name`, or a folder.
             tags, metadata: further metadata, such as `license` or `datasets`.
         """
-        kept, total = self._kept_and_total()
+        masks = self.masks().values()
+        kept, total = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
         source = self.config.backbone_config.name_or_path
         return hub.short_card(
             title,

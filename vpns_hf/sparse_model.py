@@ -103,12 +103,8 @@ class SparseModel(PreTrainedModel):
     @property
     def sparsity(self) -> float:
         """Fraction of the prunable weights that are masked, measured."""
-        kept, total = self._kept_and_total()
-        return 1 - kept / total
-
-    def _kept_and_total(self) -> tuple[int, int]:
         masks = self.masks().values()
-        return sharding.count_true(masks), sum(mask.numel() for mask in masks)
+        return 1 - sharding.count_true(masks) / sum(mask.numel() for mask in masks)
 
     def set_sparsity(self, sparsity: float) -> None:
         """Change the sparsity and select the masks anew; search state only."""
