@@ -70,7 +70,6 @@ def with_trainer(model: PromptedSparseModel, images: Images, args: argparse.Name
             method="omp",
             max_steps=args.steps,
             per_device_train_batch_size=args.batch_size,
-            optim="adamw_torch",
             learning_rate=1e-5,
             logging_steps=50,
             save_strategy="no",
@@ -85,7 +84,7 @@ def bare_loop(model: PromptedSparseModel, images: Images, args: argparse.Namespa
     """The same steps without a trainer."""
     model.freeze_masks()
     model.train()
-    optimizer = torch.optim.AdamW(model.backbone.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(model.backbone.parameters(), lr=1e-5, fused=True)
     for step in range(args.steps):
         rows = torch.arange(step * args.batch_size, (step + 1) * args.batch_size) % len(images)
         model(images.images[rows], labels=images.labels[rows]).loss.backward()

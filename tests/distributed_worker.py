@@ -16,7 +16,7 @@ from test_trainer import Images, StopAt, fresh, make_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, ViTImageProcessor
 
 from vpns_hf import VPNsTrainer, sharding
 from vpns_hf.masking import select_masks
@@ -157,6 +157,7 @@ def sharded_model(scope):
     torch.manual_seed(0)
     model = tiny_model(sparsity=0.7, scope=scope)
     whole = copy.deepcopy(model)
+    model.image_processor = processor = ViTImageProcessor()
     shard(model)
     optimizers = [torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (model, whole)]
     for index in range(3):
@@ -175,6 +176,7 @@ def sharded_model(scope):
     model.freeze_masks()
     whole.freeze_masks()
     assert type(model) is type(whole)
+    assert model.image_processor is processor
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in model.state_dict().items())
     shard(model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2) for m in (model, whole)]

@@ -221,8 +221,11 @@ def append_result(path: str | os.PathLike[str], result: CellResult) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        line = f"{_end_cut_off_line(file)}{result.to_line()}\n".encode()
-        if os.write(file, line) < len(line):
+        # The half of a line that another process is writing would look cut off.
+        with FileLock(f"{path}.lock"):
+            line = f"{_end_cut_off_line(file)}{result.to_line()}\n".encode()
+            written = os.write(file, line)
+        if written < len(line):
             raise OSError(f"A result was cut off while it was written to {path}.")
         os.fsync(file)
     finally:
@@ -381,14 +384,11 @@ class _Block:
     rows: list[tuple[str, ...]]
 
 
-def _accuracy(row: _Row) -> str | None:
-    return _mean_and_spread([run.accuracy for run in row.runs], row.seeds)
+def _of_seeds(measured: Callable[[CellResult], float | None]) -> Callable[[_Row], str | None]:
+    def text(row: _Row) -> str | None:
+        return _mean_and_spread([value for run in row.runs if (value := measured(run)) is not None], row.seeds)
 
-
-def _prompted(row: _Row) -> str | None:
-    return _mean_and_spread(
-        [run.accuracy_prompted for run in row.runs if run.accuracy_prompted is not None], row.seeds
-    )
+    return text
 
 
 def _mean_and_spread(accuracies: Sequence[float], seeds: int) -> str | None:
@@ -419,17 +419,6 @@ def _deviates(row: _Row) -> bool:
     return any(abs(run.measured_sparsity - run.sparsity) >= 0.0005 for run in row.runs)
 
 
-def _metrics(rows: Iterable[_Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for run in row.runs for name in run.metrics))
-
-
-def _metric(name: str) -> Callable[[_Row], str | None]:
-    def text(row: _Row) -> str | None:
-        return _mean_and_spread([run.metrics[name] for run in row.runs if name in run.metrics], row.seeds)
-
-    return text
-
-
 def _mean(value: Callable[[CellResult], float], digits: int = 0) -> Callable[[_Row], str | None]:
     def text(row: _Row) -> str | None:
         return f"{statistics.fmean(map(value, row.runs)):,.{digits}f}" if row.runs else None
@@ -437,11 +426,16 @@ def _mean(value: Callable[[CellResult], float], digits: int = 0) -> Callable[[_R
     return text
 
 
+def _metric(name: str) -> Callable[[_Row], str | None]:
+    return _of_seeds(lambda run: run.metrics.get(name))
+
+
+_prompted = _of_seeds(lambda run: run.accuracy_prompted)
 _ACCURACY = "accuracy (%)"
 _MASK_STEPS = "steps for the mask"
 _COLUMNS: dict[str, Callable[[_Row], str | None]] = {
     "method": lambda row: row.method,
-    _ACCURACY: _accuracy,
+    _ACCURACY: _of_seeds(lambda run: run.accuracy),
     "with prompt (%)": _prompted,
     "vs dense (points)": _difference,
     "paper (its own setting, %)": _paper,
@@ -503,7 +497,8 @@ def comparison_markdown(
     Raises:
         ValueError: the results were measured with different settings, or an accuracy of `paper` is not in [0, 1].
     """
-    return "\n\n".join(map(_markdown, _blocks(results, methods, sparsities, paper or {})))
+    blocks = _blocks(results, methods, sparsities, paper or {})
+    return "\n\n".join(f"**{block.title}**\n\n{markdown_table(block.columns, block.rows)}" for block in blocks)
 
 
 def summary_markdown(
@@ -597,10 +592,6 @@ def _transfer_lines(row: str, blocks: Sequence[Mapping[str, list[CellResult]]]) 
         yield name, *texts, f"{100 * statistics.fmean(gaps):+.2f}" if gaps else MISSING
 
 
-def _markdown(block: _Block) -> str:
-    return f"**{block.title}**\n\n{markdown_table(block.columns, block.rows)}"
-
-
 def _blocks(
     results: Iterable[CellResult], methods: Sequence[str] | None, sparsities: Sequence[float] | None, paper: Paper
 ) -> list[_Block]:
@@ -625,7 +616,8 @@ def _block(results: Sequence[CellResult], methods: Sequence[str], sparsity: floa
         for name, text in _COLUMNS.items()
         if name not in _OPTIONAL or any(_OPTIONAL[name](row) for row in rows)
     }
-    shown |= {f"{name.replace('_', ' ')} (%)": _metric(name) for name in _metrics(rows)}
+    metrics = dict.fromkeys(name for row in rows for run in row.runs for name in run.metrics)
+    shown |= {f"{name.replace('_', ' ')} (%)": _metric(name) for name in metrics}
     cells = [tuple(text(row) or MISSING for text in shown.values()) for row in rows]
     means = {0: "nothing run yet", 1: "1 seed"}.get(seeds, f"mean ± standard deviation of {seeds} seeds")
     return _Block(f"{_percentage(sparsity)} sparse, {means}", tuple(shown), cells)
@@ -675,15 +667,9 @@ class _Curve:
 def plot_comparison(
     results: Sequence[CellResult], path: str | os.PathLike[str], controls: Collection[str] = ()
 ) -> None:
-    """Save the picture of [`comparison_figure`] as a PNG.
+    """Save the picture of [`comparison_figure`], which has the same arguments and errors, as a PNG.
 
-    Args:
-        results: of any methods, but of one setting.
-        path: the file; folders are created, an older file is replaced.
-        controls: methods that are drawn dashed.
-
-    Raises:
-        ValueError: the results were measured with different settings.
+    Folders of `path` are created, and an older file is replaced.
     """
     save_figure(comparison_figure(results, controls), path)
 

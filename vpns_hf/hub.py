@@ -33,6 +33,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+from transformers.utils import cached_file
 
 from .storage import PackedFormatError
 from .version import __version__
@@ -60,7 +61,7 @@ def push_folder(
     folder: str | os.PathLike[str],
     repo_id: str,
     *,
-    commit_message: str = "Upload model",
+    commit_message: str | None = None,
     commit_description: str | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
@@ -76,7 +77,8 @@ def push_folder(
     Args:
         folder: what `save_pretrained` or a recipe wrote.
         repo_id: `user/name`; created if needed.
-        commit_message, commit_description: of the commit.
+        commit_message: of the commit; None: "Upload model".
+        commit_description: of the commit.
         private: whether a repository that is created is private; None: as the account's default is.
         token: of an account that may write; None: that of `hf auth login`.
         revision: branch to commit to, created from `main` if needed; None: `main`.
@@ -107,7 +109,7 @@ def push_folder(
                     *(CommitOperationAdd(path, content) for path, content in contents.items()),
                     *(CommitOperationDelete(path) for path in sorted(stale)),
                 ],
-                commit_message=commit_message,
+                commit_message=commit_message or "Upload model",
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
@@ -204,6 +206,24 @@ def merge_cards(old: ModelCard, new: ModelCard) -> ModelCard:
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
+
+_HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
+
+
+def hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of `from_pretrained` that say where files come from."""
+    return {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
+
+
+def find_file(name: str, file: str, kwargs: Mapping[str, Any]) -> str | None:
+    """The local path of a file of a model, downloaded if needed; None where the model has no such file."""
+    try:
+        return cached_file(name, file, **hub_kwargs(kwargs))
+    except OSError as error:
+        # transformers names a cause for everything but a file that is not there.
+        if error.__cause__ is None:
+            return None
+        raise
 
 
 def pinned_revision(name: str, kwargs: Mapping[str, Any]) -> str | None:

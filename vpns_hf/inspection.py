@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME
 
 from . import masking, storage
 from .configuration import PromptedSparseConfig
+from .sparsity import KeptEntries, KeptInLayers
 
 WEIGHT_FILES = "model*.safetensors"
 PROMPT_FACTS = ("prompt", "prompt_size", "prompt_inner_size", "image_size", "use_prompt")
@@ -34,7 +35,7 @@ RECIPE_FACTS = (
 
 
 @dataclass(frozen=True)
-class StoredLayer:
+class StoredLayer(KeptEntries):
     """A masked weight as it lies in a file.
 
     Args:
@@ -44,20 +45,12 @@ class StoredLayer:
         coding: how the mask is stored: a key of [`storage.CODINGS`], or `"raw"` where the weight is not packed.
     """
 
-    name: str
-    kept: int
-    total: int
     bytes: int
     coding: str
 
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the entries that are pruned."""
-        return 1 - self.kept / self.total if self.total else 0.0
-
 
 @dataclass(frozen=True)
-class StoredSubnetwork:
+class StoredSubnetwork(KeptInLayers):
     """A folder that holds a subnetwork.
 
     Args:
@@ -79,21 +72,6 @@ class StoredSubnetwork:
     layers: tuple[StoredLayer, ...]
     files: dict[str, int]
     provenance: dict[str, Any]
-
-    @property
-    def kept(self) -> int:
-        """Masked weights' entries that are kept."""
-        return sum(layer.kept for layer in self.layers)
-
-    @property
-    def total(self) -> int:
-        """Masked weights' entries."""
-        return sum(layer.total for layer in self.layers)
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the masked weights' entries that are pruned."""
-        return 1 - self.kept / self.total if self.total else 0.0
 
     def to_json(self) -> str:
         """All of it as a JSON object."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .masking import select_masks
+from .masking import all_kept, select_masks
 from .modeling import PromptedSparseModel
 from .schedules import cubic_sparsity
 from .selection import keep_largest
@@ -281,19 +281,14 @@ def drop_and_grow(weight: Tensor, mask: Tensor, gradient: Tensor, fraction: floa
     """
     kept = int(mask.sum())
     dropped = int(fraction * kept)
-    survivors = _largest(weight.abs().masked_fill(~mask, -math.inf), kept - dropped)
-    return survivors | _largest(gradient.abs().masked_fill(survivors, -math.inf), dropped)
-
-
-def _largest(values: Tensor, count: int) -> Tensor:
-    return keep_largest([values], count)[0]
+    (survivors,) = keep_largest([weight.abs().masked_fill(~mask, -math.inf)], kept - dropped)
+    (grown,) = keep_largest([gradient.abs().masked_fill(survivors, -math.inf)], dropped)
+    return survivors | grown
 
 
 def keep_all(model: PromptedSparseModel) -> int:
     """Freeze the model with nothing pruned; returns how many mask entries changed."""
-    return model.apply_masks(
-        {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in model.prunable_weights().items()}
-    )
+    return model.apply_masks(all_kept(model.slots()))
 
 
 def largest_weights(model: PromptedSparseModel, sparsity: float) -> dict[str, Tensor]:

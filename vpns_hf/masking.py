@@ -212,6 +212,11 @@ def stored_weight(slot: Slot) -> Tensor:
     return slot.module.get_parameter(slot.tensor_name)
 
 
+def all_kept(slots: Mapping[str, Slot]) -> dict[str, Tensor]:
+    """A mask for each weight that prunes nothing."""
+    return {name: torch.ones_like(stored_weight(slot), dtype=torch.bool) for name, slot in slots.items()}
+
+
 def _parametrizations(slot: Slot) -> parametrize.ParametrizationList:
     by_tensor = cast(nn.ModuleDict, slot.module.parametrizations)
     return cast(parametrize.ParametrizationList, by_tensor[slot.tensor_name])
@@ -382,6 +387,24 @@ def _overwrite(masks: Mapping[str, Tensor], selected: Mapping[str, Tensor]) -> i
 # Frozen state --------------------------------------------------------------------------------------------------------
 
 
+def check_masks(masks: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> None:
+    """Refuse masks that do not belong to these weights.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    if unknown := sorted(set(masks) ^ set(slots)):
+        raise ValueError(
+            f"Masks must name exactly the {len(slots)} prunable weights of this model; {len(unknown)} names differ, "
+            f"such as {unknown[0]}."
+        )
+    for name, slot in slots.items():
+        if masks[name].shape != (shape := stored_weight(slot).shape):
+            raise ValueError(
+                f"The mask of {name} has shape {tuple(masks[name].shape)}; the weight has {tuple(shape)}."
+            )
+
+
 def freeze(slots: Mapping[str, Slot], masks: Mapping[str, Tensor]) -> None:
     """Dense to frozen: write the zeros into the weights and keep each mask as buffer `<name>_mask`."""
     for name, slot in slots.items():
@@ -401,9 +424,10 @@ def change_frozen_masks(slots: Mapping[str, Slot], masks: Mapping[str, Tensor]) 
 
 
 def unfreeze(slots: Mapping[str, Slot]) -> None:
-    """Frozen to dense: drop the masks; the zeros stay in the weights."""
+    """Frozen to dense: drop the masks, of gradients as well; the zeros stay in the weights."""
     for slot in slots.values():
         delattr(slot.module, slot.tensor_name + MASK_SUFFIX)
+        stored_weight(slot)._backward_hooks = None
 
 
 def frozen_masks(slots: Mapping[str, Slot]) -> dict[str, Tensor]:

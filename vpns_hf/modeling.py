@@ -3,50 +3,33 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
-    TimmWrapperImageProcessor,
-)
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, cached_file
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
-from . import checkpoint, masking, sharding
+from . import backbones, checkpoint, hub, masking
 from .configuration import PromptedSparseConfig
-from .hub import CARD_NAME, clear_errors, full_repo_id, pinned_revision, push_folder, short_card
-from .label_mapping import get_label_mapping
+from .label_mapping import checked_classes, checked_matrix, get_label_mapping, map_logits, take_classes
 from .prompts import build_prompt
 from .recomputation import recomputing
-from .sparsity import SparsityReport, measure_sparsity
-
-logger = logging.getLogger(__name__)
+from .sparse_model import SparseModel
 
 PROMPT_TENSORS = ("prompt", "label_matrix")
-ROLES = ("scores", "prompt", "head", "weights")
 PROMPT_FIELDS = ("prompt", "prompt_size", "prompt_inner_size", "image_size", "image_mean", "image_std", "use_prompt")
 
 
-class PromptedSparseModel(PreTrainedModel):
+class PromptedSparseModel(SparseModel):
     """A pretrained image classifier, pruned by masks and reprogrammed by a visual prompt (VPNs, arXiv 2312.01397).
 
     Made by [`~PromptedSparseModel.from_backbone`], or loaded by `from_pretrained`. The model is in one of three
@@ -75,26 +58,14 @@ class PromptedSparseModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["scores", "prompt", "label_matrix"]  # noqa: RUF012
     # Set while the prompt is trained alone: no dropout, and BatchNorm keeps its running statistics.
     eval_backbone = False
-    image_processor: BaseImageProcessor | None = None
-    config: PromptedSparseConfig
-    backbone: PreTrainedModel
     label_matrix: Tensor | None
 
     def __init__(self, config: PromptedSparseConfig, backbone: PreTrainedModel | None = None):
-        super().__init__(config)
-        self.backbone = backbone or AutoModelForImageClassification.from_config(config.backbone_config)
+        super().__init__(config, backbone)
         self.prompt = build_prompt(config)
-        self.register_buffer("label_matrix", _empty_label_matrix(config))
-        self._backbone_kwargs = _position_kwargs(self.backbone, config.image_size)
-        self._collapsed = set[str]()
-        if config.state == "search":
-            masking.attach_scores(self.slots(), config.signed_scores)
-        elif config.state == "frozen":
-            slots = self.slots()
-            masking.freeze(
-                slots,
-                {name: torch.ones_like(masking.stored_weight(slot), dtype=torch.bool) for name, slot in slots.items()},
-            )
+        shape = (config.backbone_config.num_labels, config.num_labels)
+        matrix = torch.zeros(shape, dtype=torch.float32) if config.label_mapping == "bayesian" else None
+        self.register_buffer("label_matrix", matrix)
         self.post_init()
 
     def train(self, mode: bool = True) -> Self:
@@ -116,17 +87,8 @@ class PromptedSparseModel(PreTrainedModel):
         # timm has its own way.
         self.backbone._set_gradient_checkpointing(*args, **kwargs)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Hooks on parameters are lost when a model is copied.
-        super().__setstate__(state)
-        self._mask_gradients()
-
     def get_input_embeddings(self) -> None:
         """None: images have no embeddings of tokens, which accelerate would shard on their own."""
-
-    def _mask_gradients(self) -> None:
-        if self.config.state == "frozen":
-            masking.mask_gradients(self.slots())
 
     # Building --------------------------------------------------------------------------------------------------------
 
@@ -185,7 +147,7 @@ class PromptedSparseModel(PreTrainedModel):
             ValueError: no image classifier, nothing to prune, settings that do not fit together.
             OSError: the backbone cannot be found.
         """
-        labels = _label_names(num_labels, id2label)
+        labels = backbones.label_names(num_labels, id2label)
         if label_mapping is not None:
             get_label_mapping(label_mapping)
         if label_mapping is not None and (new_head or labels is None):
@@ -194,29 +156,28 @@ class PromptedSparseModel(PreTrainedModel):
                 "`new_head`."
             )
         masking.kept_count(0, sparsity)
-        model, fresh_head, image_processor = _load_backbone(
+        model, fresh_head, image_processor = backbones.load_backbone(
             backbone, None if label_mapping else labels, new_head, image_processor, kwargs
         )
-        geometry = _image_geometry(model.config, image_processor, image_size, image_mean, image_std)
+        geometry = backbones.image_geometry(model.config, image_processor, image_size, image_mean, image_std)
         config = PromptedSparseConfig(
-            backbone_config=_config_of(model),
+            backbone_config=backbones.config_of(model),
             sparsity=sparsity,
             scope=scope,
             ignore_modules=list(ignore_modules),
-            head_parameters=_head_parameters(model),
+            head_parameters=backbones.head_parameters(model),
             new_head=fresh_head,
             prompt=prompt,
             prompt_size=prompt_size,
-            prompt_inner_size=_height_width(prompt_inner_size),
+            prompt_inner_size=backbones.height_width(prompt_inner_size),
             label_mapping=label_mapping,
             keep_source_head=keep_source_head,
-            id2label=dict(labels or model.config.id2label),
             **geometry,
         )
-        config.label2id = {name: index for index, name in config.id2label.items()}
+        backbones.set_labels(config, labels or model.config.id2label)
         wrapped = cls(config, model)
-        if geometry == _image_geometry(model.config, image_processor, None, None, None):
-            wrapped.image_processor = _savable(image_processor)
+        if geometry == backbones.image_geometry(model.config, image_processor):
+            wrapped.image_processor = backbones.savable(image_processor)
         if not wrapped.slots():
             raise ValueError(
                 f"{type(model).__name__} has no prunable weight: no linear or convolution layer outside "
@@ -280,28 +241,16 @@ class PromptedSparseModel(PreTrainedModel):
             for file in Path(name).iterdir():
                 os.replace(file, folder / file.name)
 
-    def _save_packed(
-        self,
-        folder: str,
-        state_dict: dict[str, Tensor] | None = None,
-        max_shard_size: int | str = "50GB",
-        variant: str | None = None,
-        save_original_format: bool = True,
-        **kwargs: Any,
-    ) -> None:
+    def _save_packed(self, folder: str, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
         self._check_prompt()
+        names = ("max_shard_size", "variant", "save_original_format")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs}
         # Everything but the weights; where this process is to write them, a file with one number stands for them.
         super().save_pretrained(folder, state_dict={"placeholder": torch.zeros(1)}, **kwargs)
         for placeholder in Path(folder).glob("*.safetensors"):
             placeholder.unlink()
-            checkpoint.save_weights(
-                Path(folder),
-                self,
-                self.state_dict() if state_dict is None else state_dict,
-                max_shard_size=max_shard_size,
-                variant=variant,
-                save_original_format=save_original_format,
-            )
+            state = self.state_dict() if state_dict is None else state_dict
+            checkpoint.save_weights(Path(folder), self, state, **options)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -313,24 +262,25 @@ class PromptedSparseModel(PreTrainedModel):
             OSError: there is no such model or revision, it is private, or the Hub cannot be reached.
         """
         name = str(pretrained_model_name_or_path)
-        with clear_errors(f"Could not load {name}", kwargs.get("revision")):
-            kwargs["revision"] = pinned_revision(name, kwargs)
-            if "config" not in kwargs and _find_file(name, CONFIG_NAME, kwargs) is None:
-                raise OSError(f"{_place(name, kwargs)} holds no saved model: there is no {CONFIG_NAME} in it.")
+        with hub.clear_errors(f"Could not load {name}", kwargs.get("revision")):
+            kwargs["revision"] = hub.pinned_revision(name, kwargs)
+            if "config" not in kwargs and hub.find_file(name, CONFIG_NAME, kwargs) is None:
+                place = "/".join(filter(None, (name, kwargs.get("subfolder"))))
+                raise OSError(f"{place} holds no saved model: there is no {CONFIG_NAME} in it.")
             return cls._from_pretrained(name, *args, **kwargs)
 
     @classmethod
     def _from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> Any:
         wants_info = kwargs.pop("output_loading_info", False)
-        files = checkpoint.find_packed_files(name, lambda file: _find_file(name, file, kwargs), kwargs.get("variant"))
+        files = checkpoint.find_packed_files(
+            name, lambda file: hub.find_file(name, file, kwargs), kwargs.get("variant")
+        )
         # Tensors of another shape are refused below, by one error for all that is wrong.
         kwargs["ignore_mismatched_sizes"] = True
         with checkpoint.open_state_dict(files) as state_dict:
             if files:
-                kwargs["config"] = kwargs.get("config") or cls.config_class.from_pretrained(
-                    name, **_hub_kwargs(kwargs)
-                )
-                kwargs["state_dict"] = state_dict
+                config = kwargs.get("config") or cls.config_class.from_pretrained(name, **hub.hub_kwargs(kwargs))
+                kwargs |= {"config": config, "state_dict": state_dict}
             model, info = super().from_pretrained(None if files else name, *args, output_loading_info=True, **kwargs)
         wrong = [
             *(f"{key} is missing" for key in sorted(info["missing_keys"])),
@@ -345,8 +295,8 @@ class PromptedSparseModel(PreTrainedModel):
         model._check_prompt()
         model.name_or_path = model.config.name_or_path = name
         model._mask_gradients()
-        if _find_file(name, IMAGE_PROCESSOR_NAME, kwargs):
-            model.image_processor = _find_image_processor(name, kwargs)
+        if hub.find_file(name, IMAGE_PROCESSOR_NAME, kwargs):
+            model.image_processor = backbones.find_image_processor(name, kwargs)
         return (model, info) if wants_info else model
 
     def push_to_hub(
@@ -354,14 +304,10 @@ class PromptedSparseModel(PreTrainedModel):
         repo_id: str,
         *,
         packed: bool | None = None,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
         max_shard_size: int | str = "50GB",
         tags: Sequence[str] | None = None,
+        token: bool | str | None = None,
+        **kwargs: Any,
     ) -> CommitInfo:
         """Publish the model, its image processor if known, and a short model card, in one commit.
 
@@ -372,31 +318,20 @@ class PromptedSparseModel(PreTrainedModel):
         Args:
             repo_id: `user/name`; created if needed.
             packed: as in [`~PromptedSparseModel.save_pretrained`].
-            commit_message, commit_description: of the commit.
-            private: whether a repository that is created is private; None: as the account's default is.
-            token: of an account that may write; None: that of `hf auth login`.
-            revision: branch to commit to, created from `main` if needed; None: `main`.
-            create_pr: open a pull request against `revision` instead.
             max_shard_size: largest size of a weight file before packing, such as `"5GB"`.
             tags: further tags of the card.
+            token: of an account that may write; None: that of `hf auth login`.
+            kwargs: further arguments of [`hub.push_folder`]: `commit_message`, `commit_description`, `private`,
+                `revision` and `create_pr`.
 
         Raises:
             OSError: the Hub cannot be reached or refuses.
         """
-        repo_id = full_repo_id(repo_id, token)
+        repo_id = hub.full_repo_id(repo_id, token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, packed=packed, max_shard_size=max_shard_size)
-            self.short_card(repo_id, tags or ()).save(Path(folder) / CARD_NAME)
-            return push_folder(
-                folder,
-                repo_id,
-                commit_message=commit_message or "Upload model",
-                commit_description=commit_description,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )
+            self.short_card(repo_id, tags or ()).save(Path(folder) / hub.CARD_NAME)
+            return hub.push_folder(folder, repo_id, token=token, **kwargs)
 
     def short_card(self, title: str, tags: Sequence[str] = (), **metadata: Any) -> ModelCard:
         """A model card of what the model itself knows: what it is, how sparse, how to load it.
@@ -408,7 +343,7 @@ class PromptedSparseModel(PreTrainedModel):
         masks = self.masks().values()
         kept, total = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
         source = self.config.backbone_config.name_or_path
-        return short_card(
+        return hub.short_card(
             title,
             tags,
             {"base_model": source if "/" in source else None} | metadata,
@@ -446,7 +381,7 @@ class PromptedSparseModel(PreTrainedModel):
         Raises:
             ValueError: a prompt is asked for and there is none.
         """
-        logits = self._map_labels(self.head_logits(pixel_values, use_prompt))
+        logits = map_logits(self.head_logits(pixel_values, use_prompt), self.config, self.label_matrix)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
@@ -469,159 +404,7 @@ class PromptedSparseModel(PreTrainedModel):
         with recomputing() if self.config.state == "search" else nullcontext():
             return self.backbone(pixel_values=pixel_values, **self._backbone_kwargs).logits
 
-    # Parameters by role ----------------------------------------------------------------------------------------------
-
-    def slots(self) -> dict[str, masking.Slot]:
-        """Where the prunable weights live, by backbone parameter name."""
-        skip = self.config.head_parameters if self.config.new_head else ()
-        return masking.prunable_slots(self.backbone, self.config.ignore_modules, skip)
-
-    def parameters_by_role(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Every parameter under its role: `scores`, `prompt`, `head` (a new head only) or `weights`."""
-        new_head = {f"backbone.{name}" for name in self.config.head_parameters} if self.config.new_head else set()
-        roles: dict[str, dict[str, nn.Parameter]] = {role: {} for role in ROLES}
-        for name, parameter in self.named_parameters():
-            if name.startswith("prompt."):
-                roles["prompt"][name] = parameter
-            elif name.endswith(".scores"):
-                roles["scores"][name] = parameter
-            else:
-                roles["head" if name in new_head else "weights"][name] = parameter
-        return roles
-
-    def train_only(self, *roles: str) -> None:
-        """Set `requires_grad` for the parameters of these roles and clear it for all others."""
-        for role, parameters in self.parameters_by_role().items():
-            for parameter in parameters.values():
-                parameter.requires_grad_(role in roles)
-
-    # Masks -----------------------------------------------------------------------------------------------------------
-
-    def scores(self) -> dict[str, Tensor]:
-        """The score parameters by backbone parameter name; empty outside the search state."""
-        if self.config.state != "search":
-            return {}
-        return {name: part.scores for name, part in masking.masked_weights(self.slots()).items()}
-
-    def masks(self) -> dict[str, Tensor]:
-        """The masks by backbone parameter name, True = kept; all True in the dense state."""
-        slots = self.slots()
-        if self.config.state == "search":
-            return {name: part.mask for name, part in masking.masked_weights(slots).items()}
-        if self.config.state == "frozen":
-            return masking.frozen_masks(slots)
-        return {name: torch.ones_like(masking.stored_weight(slot), dtype=torch.bool) for name, slot in slots.items()}
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the prunable weights that are masked, measured."""
-        masks = self.masks().values()
-        return 1 - sharding.count_true(masks) / sum(mask.numel() for mask in masks)
-
-    def attach_scores(self, signed: bool = False) -> None:
-        """Dense to search: give every prunable weight scores and a mask; scores and prompt become trainable.
-
-        Args:
-            signed: rank the scores themselves and start them at zero (movement pruning), instead of their absolute
-                values, which start in proportion to the weights (HYDRA, VPNs).
-        """
-        self._require("dense", "attach scores")
-        self.gather()
-        masking.attach_scores(self.slots(), signed)
-        self.config.state, self.config.signed_scores = "search", signed
-        self.train_only("scores", "prompt", "head")
-        self.update_masks()
-        self._warn_of_collapse()
-
-    def detach_scores(self) -> None:
-        """Search to dense: drop scores and masks; all parameters become trainable."""
-        self._require("search", "detach scores")
-        self.gather()
-        masking.detach_scores(self.slots())
-        self.config.state, self.config.signed_scores = "dense", False
-        self.train_only(*ROLES)
-
-    def set_implicit_gradient(self, weight: float) -> None:
-        """Add BiP's implicit gradient to that of the scores (arXiv 2210.04092); search state only.
-
-        It is quadratic in the gradient: with gradient accumulation and on several processes it is that of each
-        micro-batch, summed.
-
-        Args:
-            weight: its factor 1 / gamma; 0 leaves it out.
-        """
-        self._require("search", "set the implicit gradient")
-        for part in masking.masked_weights(self.slots()).values():
-            part.implicit_gradient = weight
-
-    def set_sparsity(self, sparsity: float) -> None:
-        """Change the sparsity and select the masks anew; search state only."""
-        self._require("search", "change the sparsity")
-        masking.kept_count(0, sparsity)
-        self.config.sparsity = sparsity
-        self.update_masks()
-        self._warn_of_collapse()
-
-    def update_masks(self) -> int:
-        """Select the masks from the scores and return how many entries changed; search state only."""
-        self._require("search", "update masks")
-        return masking.update_masks(self.slots(), self.config.sparsity, self.config.scope)
-
-    def freeze_masks(self) -> None:
-        """Search to frozen: write the zeros into the weights, drop the scores; all parameters become trainable.
-
-        From here on pruned weights get no gradient, so they stay exactly zero in any training loop whose optimizer is
-        made after this call.
-        """
-        self._require("search", "freeze masks")
-        self.apply_masks(self.masks())
-
-    def apply_masks(self, masks: Mapping[str, Tensor]) -> int:
-        """Freeze the model with masks found elsewhere, or replace masks that are frozen already.
-
-        Args:
-            masks: bool tensors by backbone parameter name, True = kept; one for each prunable weight.
-
-        Returns:
-            How many entries changed. Weights that were pruned before come back as zeros.
-
-        Raises:
-            ValueError: names or shapes differ from those of `masks()`.
-        """
-        slots = self.slots()
-        _check_masks(masks, slots)
-        own = self.masks()
-        masks = {name: sharding.arranged_like(mask.detach().clone().bool(), own[name]) for name, mask in masks.items()}
-        if self.config.state == "frozen":
-            flips = masking.change_frozen_masks(slots, masks)
-            self.config.sparsity = self.sparsity
-            self._warn_of_collapse()
-            return flips
-        flips = sharding.count_true(mask != masks[name].to(mask.device) for name, mask in own.items())
-        masks = {name: sharding.whole(mask) for name, mask in masks.items()}
-        self.gather()
-        slots = self.slots()
-        if self.config.state == "search":
-            self.detach_scores()
-        masking.freeze(slots, masks)
-        self.config.state = "frozen"
-        self.config.sparsity = self.sparsity
-        self.train_only(*ROLES)
-        self._mask_gradients()
-        self._warn_of_collapse()
-        return flips
-
-    def _warn_of_collapse(self) -> None:
-        """Warn of layers that keep no weight, of each of them once."""
-        empty = {name for name, mask in self.masks().items() if not mask.any()}
-        if new := sorted(empty - self._collapsed):
-            logger.warning(
-                "Layer collapse at %.2f%% sparsity: no weight is left in %s. Lower the sparsity, or keep some in "
-                'every layer with `scope="layer"` or `"erk"`.',
-                100 * self.sparsity,
-                ", ".join(new),
-            )
-        self._collapsed = empty
+    # Taken from another model ----------------------------------------------------------------------------------------
 
     def load_subnetwork(
         self, pretrained_model_name_or_path: str | os.PathLike[str], prompt: bool = True, **kwargs: Any
@@ -682,45 +465,6 @@ class PromptedSparseModel(PreTrainedModel):
         for field in PROMPT_FIELDS:
             setattr(self.config, field, getattr(other.config, field))
 
-    def prunable_weights(self) -> dict[str, nn.Parameter]:
-        """The parameters that store the prunable weights, by backbone parameter name, in any state."""
-        return {name: cast(nn.Parameter, masking.stored_weight(slot)) for name, slot in self.slots().items()}
-
-    def backbone_state(self) -> dict[str, Tensor]:
-        """Every parameter and buffer of the dense backbone by its name there, in any state; not copied.
-
-        Scores and masks are left out; in the frozen state pruned weights are zero.
-        """
-        return masking.dense_state(self.backbone)
-
-    @torch.no_grad()
-    def rewind(self, state: Mapping[str, Tensor]) -> None:
-        """Set the backbone back to values that [`~PromptedSparseModel.backbone_state`] gave; masks and scores stay.
-
-        Raises:
-            ValueError: the names differ from those of this backbone.
-        """
-        own = self.backbone_state()
-        if unknown := sorted(set(state) ^ set(own)):
-            raise ValueError(f"The saved state is of another backbone: {len(unknown)} names differ, as {unknown[0]}.")
-        if wrong := [name for name in own if own[name].shape != state[name].shape]:
-            raise ValueError(f"The saved state is of another backbone: {len(wrong)} shapes differ, as of {wrong[0]}.")
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
-        if self.config.state == "frozen":
-            self.zero_masked_weights()
-
-    def zero_masked_weights(self) -> None:
-        """Write the zeros again; for training loops that replace or overwrite parameters. Frozen state only."""
-        self._require("frozen", "write zeros")
-        masking.zero_masked_weights(self.slots())
-
-    def _require(self, state: str, action: str) -> None:
-        if self.config.state != state:
-            raise ValueError(
-                f"Cannot {action}: the model is in the {self.config.state!r} state, and this needs {state!r}."
-            )
-
     # Labels ----------------------------------------------------------------------------------------------------------
 
     def set_label_mapping(self, mapping: Tensor | Sequence[int], final: bool = True) -> None:
@@ -744,9 +488,9 @@ class PromptedSparseModel(PreTrainedModel):
                 "set."
             )
         if self.label_matrix is not None:
-            self.label_matrix.copy_(_label_matrix(mapping, self.label_matrix.shape))
+            self.label_matrix.copy_(checked_matrix(mapping, self.label_matrix.shape))
         else:
-            mapped = _mapped_labels(mapping, self.config.num_labels, self.config.backbone_config.num_labels)
+            mapped = checked_classes(mapping, self.config.num_labels, self.config.backbone_config.num_labels)
             if final and not self.config.keep_source_head:
                 return self._slice_head(mapped)
             self.config.mapped_labels = mapped
@@ -756,97 +500,14 @@ class PromptedSparseModel(PreTrainedModel):
         self.gather()
         config = copy.deepcopy(self.config)
         config.mapped_labels, config.label_mapping_state = mapped, "final"
-        config.backbone_config.id2label = dict(config.id2label)
-        config.backbone_config.label2id = dict(config.label2id)
-        trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
-        training = self.training
-        with torch.device(self.device):
-            sliced = type(self)(config)
-        target_shapes = {name: tensor.shape for name, tensor in sliced.state_dict().items()}
-        rows = torch.tensor(mapped, device=self.device)
-        sliced.load_state_dict(
-            {name: _take_rows(tensor, target_shapes[name], rows) for name, tensor in self.state_dict().items()},
-            assign=True,
-        )
-        for name, parameter in sliced.named_parameters():
-            parameter.requires_grad_(trainable[name])
-        sliced.image_processor = self.image_processor
-        self.become(sliced.train(training))
+        backbones.set_labels(config.backbone_config, config.id2label)
+        sliced = self._rebuilt(config)
+        sliced.load_state_dict(take_classes(self.state_dict(), sliced.state_dict(), mapped), assign=True)
+        self.become(sliced)
         if self.config.state == "search":
             self.update_masks()
         elif self.config.state == "frozen":
             self.config.sparsity = self.sparsity
-
-    def _map_labels(self, logits: Tensor) -> Tensor:
-        """Target logits [n, num_labels] of the head's logits; these themselves until a mapping is set."""
-        state = self.config.label_mapping_state
-        if state == "unset":
-            return logits
-        if self.label_matrix is not None:
-            # Autocast would round the weights to half precision.
-            with torch.autocast(logits.device.type, enabled=False):
-                return (logits.float() @ self.label_matrix.float()).to(logits.dtype)
-        reads_source_head = state == "open" or self.config.keep_source_head
-        return logits[:, self.config.mapped_labels] if reads_source_head else logits
-
-    def become(self, other: PromptedSparseModel) -> None:
-        """Take over another model's weights, state and configuration, so that references to this one stay good."""
-        self.__setstate__(other.__dict__)
-
-    # Sharded by FSDP2 -----------------------------------------------------------------------------------------------
-
-    def shard_masks(self) -> None:
-        """Split the masks as `torch.distributed.fsdp.fully_shard(model)` has split the weights; call it right after.
-
-        From then on masks are selected without gathering the scores, and pruned weights get no gradient. Nothing
-        happens where nothing is sharded.
-        """
-        if self.config.state != "dense" and sharding.is_sharded(self.parameters()):
-            masking.shard_masks(self.slots(), self.config.state)
-
-    def gather(self) -> None:
-        """Undo `fully_shard`: every process holds the whole model again; all of them call this together.
-
-        What changes the state of the model or the shape of its head does this by itself, because `fully_shard` cannot
-        follow. Nothing happens where nothing is sharded.
-        """
-        if not sharding.is_sharded(self.parameters()):
-            return
-        state = sharding.full_state(self, on_every_process=True)
-        trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
-        with torch.device(self.device):
-            # torch makes the class of a sharded module build the plain one.
-            whole = type(self)(copy.deepcopy(self.config))
-        whole.load_state_dict(state, assign=True)
-        for name, parameter in whole.named_parameters():
-            parameter.requires_grad_(trainable[name])
-        whole.train(self.training)
-        sharding.forget(self)
-        self.__class__ = type(whole)
-        self.become(whole)
-
-    # Results ---------------------------------------------------------------------------------------------------------
-
-    def merge_and_unload(self) -> PreTrainedModel:
-        """The plain backbone with the zeros written in; this wrapper must not be used afterwards.
-
-        With `keep_source_head` or a `"bayesian"` label mapping the plain model still has all source classes.
-        """
-        self.gather()
-        if self.config.state == "search":
-            self.freeze_masks()
-        if self.config.state == "frozen":
-            weights = [masking.stored_weight(slot) for slot in self.slots().values()]
-            masking.unfreeze(self.slots())
-            for weight in weights:
-                weight._backward_hooks = None
-        return self.backbone
-
-    def sparsity_report(self) -> SparsityReport:
-        """Kept and total weights, bytes and multiply-accumulates of every prunable layer."""
-        return measure_sparsity(
-            self.backbone, self.slots(), self.masks(), self.config.image_size, self._backbone_kwargs
-        )
 
 
 def _differences(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
@@ -859,285 +520,3 @@ def _differences(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list
         if name in other and other[name].shape != mask.shape
     ]
     return missing + surplus + shapes
-
-
-def _check_masks(masks: Mapping[str, Tensor], slots: Mapping[str, masking.Slot]) -> None:
-    if unknown := sorted(set(masks) ^ set(slots)):
-        raise ValueError(
-            f"Masks must name exactly the {len(slots)} prunable weights of this model; {len(unknown)} names differ, "
-            f"such as {unknown[0]}."
-        )
-    for name, slot in slots.items():
-        if masks[name].shape != (shape := masking.stored_weight(slot).shape):
-            raise ValueError(
-                f"The mask of {name} has shape {tuple(masks[name].shape)}; the weight has {tuple(shape)}."
-            )
-
-
-def _empty_label_matrix(config: PromptedSparseConfig) -> Tensor | None:
-    """Room for the weights [source, num_labels] of a Bayesian label mapping, or None for any other."""
-    if config.label_mapping != "bayesian":
-        return None
-    return torch.zeros(config.backbone_config.num_labels, config.num_labels, dtype=torch.float32)
-
-
-def _label_matrix(mapping: Tensor | Sequence[int], shape: torch.Size) -> Tensor:
-    matrix = torch.as_tensor(mapping)
-    if matrix.shape != shape or not matrix.isfinite().all():
-        raise ValueError(
-            f"A Bayesian label mapping needs finite weights of shape {tuple(shape)}, [source, target]; got shape "
-            f"{tuple(matrix.shape)} or values that are not finite."
-        )
-    return matrix
-
-
-def _mapped_labels(mapping: Tensor | Sequence[int], num_target: int, num_source: int) -> list[int]:
-    mapped = torch.as_tensor(mapping)
-    if (
-        mapped.shape != (num_target,)
-        or mapped.is_floating_point()
-        or not ((mapped >= 0) & (mapped < num_source)).all()
-    ):
-        raise ValueError(
-            f"A label mapping needs one source class in [0, {num_source}) for each of the {num_target} target "
-            f"classes; got {mapped.tolist()}."
-        )
-    return mapped.tolist()
-
-
-def _take_rows(tensor: Tensor, shape: torch.Size, rows: Tensor) -> Tensor:
-    for dim, (current, target) in enumerate(zip(tensor.shape, shape, strict=True)):
-        if current != target:
-            return tensor.index_select(dim, rows)
-    return tensor
-
-
-# Loading a backbone --------------------------------------------------------------------------------------------------
-
-
-def _label_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[int, str] | None:
-    if id2label is not None:
-        if num_labels not in (None, len(id2label)):
-            raise ValueError(
-                f"`num_labels` is {num_labels}, but `id2label` names {len(id2label)} labels; pass one of them."
-            )
-        return {int(index): name for index, name in id2label.items()}
-    return None if num_labels is None else {index: f"LABEL_{index}" for index in range(num_labels)}
-
-
-def _load_backbone(
-    backbone: str | nn.Module,
-    labels: dict[int, str] | None,
-    new_head: bool | None,
-    image_processor: BaseImageProcessor | None,
-    kwargs: dict[str, Any],
-) -> tuple[PreTrainedModel, bool, BaseImageProcessor | None]:
-    """The image classifier with the task's labels, whether its head is new, and its image processor if any."""
-    if isinstance(backbone, nn.Module):
-        if kwargs:
-            raise TypeError(f"{', '.join(kwargs)} only apply when the backbone is a Hub id or a folder.")
-        model, missing = _as_classifier(backbone), set[str]()
-    else:
-        model, missing = _download(backbone, kwargs)
-        image_processor = image_processor or _find_image_processor(backbone, kwargs)
-    head = set(_head_parameters(model))
-    if lost := sorted(missing - head):
-        raise ValueError(
-            f"{backbone} is no complete checkpoint of {type(model).__name__}: {len(lost)} weights are missing, such "
-            f"as {lost[0]}."
-        )
-    fresh = bool(missing) or new_head is True or (labels is not None and len(labels) != model.config.num_labels)
-    if fresh and new_head is False:
-        raise ValueError(
-            f"`new_head=False` keeps the pretrained head, but it has {model.config.num_labels} labels"
-            + (f" and the task has {len(labels)}." if labels else " that the checkpoint does not hold.")
-        )
-    if fresh:
-        model = _with_new_head(model, head, labels or dict(model.config.id2label))
-    elif labels is not None:
-        model.config.id2label, model.config.label2id = labels, {name: index for index, name in labels.items()}
-    return model, fresh, image_processor
-
-
-def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
-    try:
-        config = AutoConfig.from_pretrained(name, **_hub_kwargs(kwargs))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise type(error)(
-            f"{name!r} is no local folder with a transformers or timm config.json, nor could it be read from the Hub "
-            f"({reason}). "
-            "Check the spelling, the network, and `hf auth login` for private and gated models."
-        ) from error
-    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        raise ValueError(
-            f"{name} is a {config.model_type!r} model, and transformers has no image classifier of that type; pass "
-            "the id of "
-            "an image classification model."
-        )
-    model, info = AutoModelForImageClassification.from_pretrained(
-        name, **{"dtype": torch.float32} | kwargs, output_loading_info=True
-    )
-    return model, set(info["missing_keys"])
-
-
-_HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
-
-
-def _hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
-
-
-def _find_file(name: str, file: str, kwargs: Mapping[str, Any]) -> str | None:
-    """The local path of a file of a model, downloaded if needed; None where the model has no such file."""
-    try:
-        return cached_file(name, file, **_hub_kwargs(kwargs))
-    except OSError as error:
-        # transformers names a cause for everything but a file that is not there.
-        if error.__cause__ is None:
-            return None
-        raise
-
-
-def _place(name: str, kwargs: Mapping[str, Any]) -> str:
-    return f"{name}/{kwargs['subfolder']}" if kwargs.get("subfolder") else name
-
-
-def _savable(image_processor: BaseImageProcessor | None) -> BaseImageProcessor | None:
-    # transformers keeps that of timm models in the model's config.json, and saves no file of its own.
-    return None if isinstance(image_processor, TimmWrapperImageProcessor) else image_processor
-
-
-def _find_image_processor(name: str, kwargs: dict[str, Any]) -> BaseImageProcessor | None:
-    try:
-        return AutoImageProcessor.from_pretrained(name, **_hub_kwargs(kwargs))
-    except (OSError, ValueError):
-        # Without one, size and normalisation come from the configuration or the caller.
-        return None
-
-
-def _as_classifier(model: nn.Module) -> PreTrainedModel:
-    if isinstance(model, PreTrainedModel):
-        if (
-            type(model.config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
-            or "ForImageClassification" not in type(model).__name__
-        ):
-            raise ValueError(
-                f"{type(model).__name__} is no image classifier; pass a model whose output has one logit a label, "
-                "such as one of "
-                "`AutoModelForImageClassification`."
-            )
-        return model
-    try:
-        timm_model: Any = model
-        pretrained_cfg, num_classes = dict(timm_model.pretrained_cfg), int(timm_model.num_classes)
-    except AttributeError:
-        raise ValueError(
-            f"{type(model).__name__} is neither a transformers image classifier nor a timm model; wrap it as one of "
-            "them."
-        ) from None
-    config = TimmWrapperConfig.from_dict(
-        {"architecture": pretrained_cfg["architecture"], "num_classes": num_classes, "pretrained_cfg": pretrained_cfg}
-    )
-    wrapper = TimmWrapperForImageClassification(config)
-    try:
-        wrapper.timm_model.load_state_dict(model.state_dict())
-    except RuntimeError as error:
-        raise ValueError(
-            f"This {config.architecture} was made with other arguments than timm's defaults; wrap it yourself with "
-            "`TimmWrapperForImageClassification(TimmWrapperConfig(architecture=..., model_args={...}))`."
-        ) from error
-    return wrapper.to(next(model.parameters()).device)
-
-
-def _config_of(model: PreTrainedModel) -> PreTrainedConfig:
-    """A copy that rebuilds this very class; transformers writes into the configurations that it is given."""
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    if Path(config.name_or_path).is_dir():
-        # Where it lies on this machine is of no use to others.
-        config.name_or_path = Path(config.name_or_path).name
-    return config
-
-
-def _rebuilt(model: PreTrainedModel, labels: dict[int, str]) -> PreTrainedModel:
-    """A model of the same class and configuration with fresh weights and other labels."""
-    config = _config_of(model)
-    config.id2label, config.label2id = labels, {name: index for index, name in labels.items()}
-    return AutoModelForImageClassification.from_config(config)
-
-
-def _head_parameters(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters whose shape follows the number of labels."""
-    labels = {index: str(index) for index in range(model.config.num_labels + 1)}
-    try:
-        with torch.device("meta"):
-            wider = _rebuilt(model, labels)
-    except RuntimeError:
-        # Some timm models read values of tensors while they are built.
-        wider = _rebuilt(model, labels)
-    shapes = {name: parameter.shape for name, parameter in wider.named_parameters()}
-    return [name for name, parameter in model.named_parameters() if parameter.shape != shapes[name]]
-
-
-def _with_new_head(model: PreTrainedModel, head: set[str], labels: dict[int, str]) -> PreTrainedModel:
-    """The same model with a freshly initialised head for these labels."""
-    fresh = _rebuilt(model, labels).to(device=model.device, dtype=model.dtype).train(model.training)
-    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in head}
-    fresh.load_state_dict(kept | {name: tensor for name, tensor in fresh.state_dict().items() if name in head})
-    return fresh
-
-
-# Image size and normalisation ----------------------------------------------------------------------------------------
-
-
-def _height_width(size: Any) -> list[int] | None:
-    """(height, width) of a side, a pair, or an image processor's size dictionary."""
-    if size is None:
-        return None
-    if isinstance(size, int):
-        return [size, size]
-    if isinstance(size, Sequence):
-        return [int(side) for side in size]
-    if "height" in size and "width" in size:
-        return [size["height"], size["width"]]
-    return [size["shortest_edge"], size["shortest_edge"]] if "shortest_edge" in size else None
-
-
-def _image_geometry(
-    config: PreTrainedConfig,
-    image_processor: BaseImageProcessor | None,
-    image_size: Sequence[int] | int | None,
-    image_mean: Sequence[float] | None,
-    image_std: Sequence[float] | None,
-) -> dict[str, Any]:
-    """Image size, mean and std: as passed, else the processor's, else timm's or the backbone's configuration's."""
-    processor = image_processor.to_dict() if image_processor is not None else {}
-    timm_cfg = config.to_dict().get("pretrained_cfg") or {}
-    timm_size = timm_cfg.get("input_size")
-    sizes = (
-        image_size,
-        processor.get("crop_size") if processor.get("do_center_crop") else None,
-        processor.get("size"),
-        timm_size[1:] if timm_size else None,
-        config.to_dict().get("image_size"),
-    )
-    found = (_height_width(size) for size in sizes)
-    return {
-        "image_size": next((size for size in found if size), None),
-        "image_mean": _first(image_mean, processor.get("image_mean"), timm_cfg.get("mean")),
-        "image_std": _first(image_std, processor.get("image_std"), timm_cfg.get("std")),
-    }
-
-
-def _first(*values: Sequence[float] | None) -> list[float] | None:
-    return next((list(value) for value in values if value is not None), None)
-
-
-def _position_kwargs(backbone: PreTrainedModel, image_size: Sequence[int] | None) -> dict[str, bool]:
-    """Ask the backbone to interpolate its position embeddings when images have another size than its own."""
-    native = _height_width(backbone.config.to_dict().get("image_size"))
-    if image_size is None or native is None or list(image_size) == native:
-        return {}
-    parameters = inspect.signature(backbone.forward).parameters
-    return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoImageProcessor, BaseImageProcessor, HfArgumentParser, set_seed
+from transformers import BaseImageProcessor, HfArgumentParser, set_seed
 
+from .backbones import find_image_processor
 from .data import load_transfer_dataset
 from .methods import get_method
 from .modeling import PromptedSparseModel
@@ -326,7 +327,7 @@ class Experiment:
             prepare: changes the model before the trainer is made, as loading a subnetwork does.
         """
         set_seed(args.seed)
-        processor = self._load_processor()
+        processor = find_image_processor(self.model_args.model_name_or_path, self.hub)
         model = self._build_model(processor, args)
         if prepare is not None:
             prepare(model)
@@ -357,13 +358,6 @@ class Experiment:
             split, rows = self.splits[name], self.splits.rows[name]
             return self.transforms.cached_eval_view(split, rows, self.data_args.preprocessing_num_workers)
         return self.splits.view(name, self.transforms.eval)
-
-    def _load_processor(self) -> BaseImageProcessor | None:
-        try:
-            return AutoImageProcessor.from_pretrained(self.model_args.model_name_or_path, **self.hub)
-        except (OSError, ValueError):
-            # Its absence only matters if the configuration does not give size, mean and std either.
-            return None
 
     def _build_model(self, processor: BaseImageProcessor | None, args: VPNsTrainingArguments) -> PromptedSparseModel:
         wanted = self.model_args

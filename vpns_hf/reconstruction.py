@@ -124,7 +124,7 @@ def prune_matrix(
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
         saliency = (weight[:, :, start:end] / scale[:, None, start:end]).square()
-        mask[:, :, start:end] = _keep(saliency, kept * end // columns - kept * start // columns)
+        mask[:, :, start:end] = keep_largest([saliency], kept * end // columns - kept * start // columns)[0]
         errors = torch.empty_like(saliency)
         for column in range(start, end):
             removed = weight[:, :, column].masked_fill(mask[:, :, column], 0)
@@ -141,7 +141,3 @@ def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
     diagonal.masked_fill_(dead, 1)
     diagonal += damping * diagonal.mean(1, keepdim=True)
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-
-
-def _keep(saliency: Tensor, count: int) -> Tensor:
-    return keep_largest([saliency], count)[0]

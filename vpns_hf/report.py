@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 
 import numpy as np
@@ -158,13 +158,8 @@ def blocks_table(report: SparsityReport) -> Table:
     columns = ("block", "sparsity", "weights kept", "weights", "MACs kept")
     table = terminal_table(columns, map(_block_row, report.blocks().values()), "Sparsity by block")
     table.add_section()
-    table.add_row(*_block_row(_total(report)), style="bold")
+    table.add_row(*_block_row(report.whole()), style="bold")
     return table
-
-
-def _total(report: SparsityReport) -> LayerSparsity:
-    macs, kept_macs = (sum(values) for values in zip(*((x.macs, x.kept_macs) for x in report.layers), strict=True))
-    return LayerSparsity("total", report.kept, report.total, macs, kept_macs)
 
 
 def _block_row(block: LayerSparsity) -> tuple[str, ...]:
@@ -195,14 +190,9 @@ def plot_confusion(
     names: Sequence[str],
     path: str | os.PathLike[str],
 ) -> None:
-    """Save the picture of [`confusion_figure`] as a PNG.
+    """Save the picture of [`confusion_figure`], which has the same arguments and errors, as a PNG.
 
-    Args:
-        labels, predicted, names: what to draw.
-        path: the file; folders are created, an older file is replaced.
-
-    Raises:
-        ValueError: there are too many classes to be read.
+    Folders of `path` are created, and an older file is replaced.
     """
     save_figure(confusion_figure(labels, predicted, names), path)
 
@@ -253,11 +243,9 @@ _SHORTEST_LINEAR_BAR = 0.05
 
 
 def plot_density(report: SparsityReport, path: str | os.PathLike[str]) -> None:
-    """Save the picture of [`density_figure`] as a PNG.
+    """Save the picture of [`density_figure`], which has the same arguments, as a PNG.
 
-    Args:
-        report: what to draw.
-        path: the file; folders are created, an older file is replaced.
+    Folders of `path` are created, and an older file is replaced.
     """
     save_figure(density_figure(report), path)
 
@@ -396,16 +384,9 @@ def _mark_overall(axes: Axes, report: SparsityReport) -> None:
 def plot_prompt(
     model: PromptedSparseModel, image: Tensor, path: str | os.PathLike[str], title: str | None = None
 ) -> None:
-    """Save the picture of [`prompt_figure`] as a PNG.
+    """Save the picture of [`prompt_figure`], which has the same arguments and errors, as a PNG.
 
-    Args:
-        model: a model with a prompt.
-        image: one normalised image, [channels, height, width], as its image processor gives it.
-        path: the file; folders are created, an older file is replaced.
-        title: replaces the default title.
-
-    Raises:
-        ValueError: there is no prompt, or the image does not fit it.
+    Folders of `path` are created, and an older file is replaced.
     """
     save_figure(prompt_figure(model, image, title), path)
 
@@ -493,12 +474,9 @@ Logs = Sequence[Mapping[str, float]]
 def plot_training(
     stages: Mapping[str, Logs], path: str | os.PathLike[str], dense: Mapping[str, float] | None = None
 ) -> None:
-    """Save the picture of [`training_figure`] as a PNG.
+    """Save the picture of [`training_figure`], which has the same arguments, as a PNG.
 
-    Args:
-        stages: `log_history` of each stage by its name, in order.
-        path: the file; folders are created, an older file is replaced.
-        dense: accuracies to compare with by their names, such as `{"dense fine-tuned": 0.93}`.
+    Folders of `path` are created, and an older file is replaced.
     """
     save_figure(training_figure(stages, dense), path)
 
@@ -593,7 +571,7 @@ def _draw_accuracy(panel: Axes, regions: Sequence[_Region], dense: Mapping[str, 
             )
     if not panel.get_lines():
         say(panel, "no evaluation was logged")
-    for (name, accuracy), style in zip(dense.items(), _styles(len(dense)), strict=True):
+    for (name, accuracy), style in zip(dense.items(), cycle(("--", "-.", ":")), strict=False):
         label = f"{name} ({percent(accuracy)})"
         panel.axhline(accuracy, color=_GREY, linestyle=style, linewidth=1.5, zorder=1.5, label=label)
     panel.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
@@ -602,10 +580,6 @@ def _draw_accuracy(panel: Axes, regions: Sequence[_Region], dense: Mapping[str, 
 
 def _marker_size(series: _Series) -> float:
     return 4 if len(series.steps) < 20 else 2
-
-
-def _styles(count: int) -> list[str]:
-    return [("--", "-.", ":")[index % 3] for index in range(count)]
 
 
 def _draw_series(panel: Axes, series: _Series, colour: str, label: str, otherwise: str) -> None:

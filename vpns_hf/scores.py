@@ -85,8 +85,6 @@ def dense_copy(model: PromptedSparseModel, masks: Mapping[str, Tensor] | None = 
         dense.detach_scores()
     elif dense.config.state == "frozen":
         masking.unfreeze(dense.slots())
-        for weight in dense.prunable_weights().values():
-            weight._backward_hooks = None
         dense.config.state = "dense"
     dense.float().eval()
     if dense.backbone.config._attn_implementation not in _PLAIN_ATTENTION:
@@ -139,6 +137,15 @@ def _gradients(total: Tensor, weights: Mapping[str, Tensor], create_graph: bool 
     return torch.autograd.grad(total, tuple(weights.values()), create_graph=create_graph, materialize_grads=True)
 
 
+def _summed_gradients(losses: Iterable[Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of the sum of the losses, whose graphs are built one at a time."""
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for loss in losses:
+        for total, gradient in zip(sums.values(), _gradients(loss, weights), strict=True):
+            total += gradient
+    return sums
+
+
 # Scores that need no data --------------------------------------------------------------------------------------------
 
 
@@ -186,11 +193,8 @@ def snip(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) ->
 
 
 def _connection_sensitivity(weights: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dict[str, Tensor]:
-    """`|theta * gradient|` of the sum of the losses, whose graphs are built one at a time."""
-    totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for loss in losses:
-        for total, gradient in zip(totals.values(), _gradients(loss, weights), strict=True):
-            total += gradient
+    """`|theta * gradient|` of the sum of the losses."""
+    totals = _summed_gradients(losses, weights)
     return {name: (weight.detach() * totals[name]).abs() for name, weight in weights.items()}
 
 
@@ -210,24 +214,21 @@ def grasp(
         for batch in batches:
             yield F.cross_entropy(_classify(model, batch).logits / temperature, batch["labels"])
 
-    # The other kernels of attention have no second derivative.
-    with sdpa_kernel(SDPBackend.MATH):
-        return _gradient_flow(model.prunable_weights(), losses)
+    return _gradient_flow(model.prunable_weights(), losses)
 
 
 def _gradient_flow(weights: Mapping[str, Tensor], losses: Callable[[], Iterable[Tensor]]) -> dict[str, Tensor]:
     """`theta * Hg` of the sum of the losses, which are evaluated twice."""
-    gradients = [torch.zeros_like(weight) for weight in weights.values()]
-    for loss in losses():
-        for total, gradient in zip(gradients, _gradients(loss, weights), strict=True):
-            total += gradient
-    products = [torch.zeros_like(weight) for weight in weights.values()]
-    for loss in losses():
+    gradients = _summed_gradients(losses(), weights)
+
+    def flow(loss: Tensor) -> Tensor:
         own = _gradients(loss, weights, create_graph=True)
-        flow = torch.stack([(fixed * part).sum() for fixed, part in zip(gradients, own, strict=True)]).sum()
-        for total, product in zip(products, _gradients(flow, weights), strict=True):
-            total += product
-    return {name: weight.detach() * product for (name, weight), product in zip(weights.items(), products, strict=True)}
+        return torch.stack([(fixed * part).sum() for fixed, part in zip(gradients.values(), own, strict=True)]).sum()
+
+    # The other kernels of attention have no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        products = _summed_gradients(map(flow, losses()), weights)
+    return {name: weight.detach() * products[name] for name, weight in weights.items()}
 
 
 def synflow(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -13,23 +13,55 @@ from .masking import Slot, stored_weight
 
 
 @dataclass(frozen=True)
-class LayerSparsity:
-    """One prunable weight: entries kept and in all, and the multiply-accumulates of one image with both."""
+class KeptEntries:
+    """How many entries of a prunable weight are kept, and how many it has."""
 
     name: str
     kept: int
     total: int
-    macs: int
-    kept_macs: int
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the entries that are masked."""
-        return 1 - self.kept / self.total
+        """Fraction of the entries that are masked; 0 where there are none."""
+        return 1 - self.kept / self.total if self.total else 0.0
+
+
+class KeptInLayers:
+    """Base of what has `layers`: what they keep together."""
+
+    layers: tuple[KeptEntries, ...]
+
+    def whole(self) -> KeptEntries:
+        """All layers summed, under the name `total`."""
+        kept, total = sum(layer.kept for layer in self.layers), sum(layer.total for layer in self.layers)
+        return KeptEntries("total", kept, total)
+
+    @property
+    def kept(self) -> int:
+        """Prunable weights that are kept."""
+        return self.whole().kept
+
+    @property
+    def total(self) -> int:
+        """Prunable weights."""
+        return self.whole().total
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable weights that are masked; 0 where there are none."""
+        return self.whole().sparsity
 
 
 @dataclass(frozen=True)
-class SparsityReport:
+class LayerSparsity(KeptEntries):
+    """One prunable weight: entries kept and in all, and the multiply-accumulates of one image with both."""
+
+    macs: int
+    kept_macs: int
+
+
+@dataclass(frozen=True)
+class SparsityReport(KeptInLayers):
     """Sparsity of a model, layer by layer.
 
     Args:
@@ -45,47 +77,25 @@ class SparsityReport:
     kept_bytes: int
 
     @property
-    def kept(self) -> int:
-        """Prunable weights that are kept."""
-        return sum(layer.kept for layer in self.layers)
-
-    @property
-    def total(self) -> int:
-        """Prunable weights."""
-        return sum(layer.total for layer in self.layers)
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the prunable weights that are masked."""
-        return 1 - self.kept / self.total
-
-    @property
     def sparsity_of_all_parameters(self) -> float:
         """Fraction of all parameters of the backbone that are masked."""
         return (self.total - self.kept) / self.parameters
 
+    def whole(self) -> LayerSparsity:
+        """All layers summed, under the name `total`."""
+        return _summed("total", self.layers)
+
     def blocks(self) -> dict[str, LayerSparsity]:
         """Layers summed by block: the name up to and including its last number, or the layer's own module."""
-        blocks: dict[str, LayerSparsity] = {}
+        blocks: dict[str, list[LayerSparsity]] = {}
         for layer in self.layers:
-            name = block_name(layer.name)
-            old = blocks.get(name, LayerSparsity(name, 0, 0, 0, 0))
-            blocks[name] = LayerSparsity(
-                name,
-                old.kept + layer.kept,
-                old.total + layer.total,
-                old.macs + layer.macs,
-                old.kept_macs + layer.kept_macs,
-            )
-        return blocks
+            blocks.setdefault(block_name(layer.name), []).append(layer)
+        return {name: _summed(name, layers) for name, layers in blocks.items()}
 
     def to_markdown(self) -> str:
         """A table with one row per layer and a total."""
         rows = ["| weight | kept | total | sparsity | MACs kept |", "|---|---:|---:|---:|---:|"]
-        total = LayerSparsity(
-            "total", self.kept, self.total, sum(x.macs for x in self.layers), sum(x.kept_macs for x in self.layers)
-        )
-        for layer in (*self.layers, total):
+        for layer in (*self.layers, self.whole()):
             rows.append(
                 f"| {layer.name} | {layer.kept:,} | {layer.total:,} | {layer.sparsity:.2%} | {layer.kept_macs:,} |"
             )
@@ -95,6 +105,11 @@ class SparsityReport:
         """All figures as a JSON object."""
         totals = {"sparsity": self.sparsity, "sparsity_of_all_parameters": self.sparsity_of_all_parameters}
         return json.dumps(asdict(self) | totals, indent=2)
+
+
+def _summed(name: str, layers: Sequence[LayerSparsity]) -> LayerSparsity:
+    figures = [(layer.kept, layer.total, layer.macs, layer.kept_macs) for layer in layers]
+    return LayerSparsity(name, *map(sum, zip(*figures, strict=True)))
 
 
 def block_name(weight: str) -> str:
