@@ -138,6 +138,7 @@ def test_two_processes_resumed_equal_the_uninterrupted_run(tmp_path):
     checkpoint = sorted(path.name for path in (tmp_path / "whole/0-search/checkpoint-2").iterdir())
     # The random state is each process's own, all else is written once.
     assert checkpoint == [
+        "checkpoint_files.json",
         "config.json",
         "model.safetensors",
         "optimizer.pt",

@@ -14,7 +14,7 @@ from models import tiny_model
 from test_trainer import Images, assert_same, fresh, make_trainer
 
 from vpns_hf import PromptedSparseModel
-from vpns_hf.run_record import RunRecord, damage, last_complete_checkpoint
+from vpns_hf.run_record import damage, last_complete_checkpoint
 
 SAVING = dict(save_strategy="steps", save_steps=2)
 
@@ -286,7 +286,7 @@ def test_resume_after_the_end_warns_and_changes_nothing(tmp_path, caplog):
 def test_stage_without_steps_left(max_steps, tmp_path, caplog):
     """Killed between the last checkpoint and the end of the stage, in the middle of an epoch; or asked for fewer."""
     first = whole(tmp_path, max_steps=6)
-    record = RunRecord.load(tmp_path, first._settings)
+    record = first._record()
     record.finished.pop()
     record.save()
     with caplog.at_level(logging.WARNING):

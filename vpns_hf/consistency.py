@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from . import sharding
 from .modeling import PromptedSparseModel
@@ -30,14 +30,10 @@ class ConsistencyCheck(TrainerCallback):
     def __init__(self, accelerator: Accelerator, steps: int):
         self.accelerator, self.steps = accelerator, steps
 
-    def on_train_begin(  # noqa: D102
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
         self._check(state, kwargs["model"])
 
-    def on_step_end(  # noqa: D102
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
         if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
             self._check(state, kwargs["model"])
 

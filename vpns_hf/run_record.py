@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,6 +124,51 @@ class RunRecord:
         """Where a stage keeps its checkpoints and, once it has ended, its model and log."""
         return self.folder / f"{index}-{name}"
 
+    def finished_folder(self, name: str) -> Path:
+        """The folder of a stage that has ended.
+
+        Raises:
+            ValueError: no stage of that name has ended.
+        """
+        names = [stage.name for stage in self.finished]
+        if name not in names:
+            raise ValueError(f"No stage {name!r} has ended in {self.folder}; finished: {', '.join(names) or 'none'}.")
+        return self.stage_folder(names.index(name), name)
+
+    def find_checkpoint(self, names: Sequence[str], resume_from_checkpoint: str | bool | None) -> Path | None:
+        """Where to resume; drops from the record what comes after that checkpoint.
+
+        Args:
+            names: of all stages of the run.
+            resume_from_checkpoint: as for [`VPNsTrainer.train`].
+
+        Raises:
+            ValueError: the folder holds another run, or the checkpoint is none of it.
+        """
+        if str(resume_from_checkpoint).lower() in ("true", "false"):
+            # Flags and YAML files give strings.
+            resume_from_checkpoint = str(resume_from_checkpoint).lower() == "true"
+        if not resume_from_checkpoint:
+            if self.finished or any(self.folder.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*")):
+                raise ValueError(
+                    f"{self.folder} holds an earlier run; pass `resume_from_checkpoint=True` to go on with it, or "
+                    "choose another `output_dir`."
+                )
+            return None
+        done, folders = len(self.finished), [self.stage_folder(index, name) for index, name in enumerate(names)]
+        if resume_from_checkpoint is True:
+            return last_complete_checkpoint(folders[done]) if done < len(folders) else None
+        checkpoint, folders = Path(resume_from_checkpoint).resolve(), [folder.resolve() for folder in folders]
+        if checkpoint.parent not in folders[: done + 1] or not checkpoint.is_dir():
+            raise ValueError(
+                f"{checkpoint} is no checkpoint of the run in {self.folder}; expected {folders[0]}/checkpoint-N, or "
+                "`True` for the last one."
+            )
+        if wrong := damage(checkpoint):
+            raise ValueError(f"{checkpoint} is half-written: {wrong}; pass `True` for the last complete checkpoint.")
+        self.finished = self.finished[: folders.index(checkpoint.parent)]
+        return checkpoint
+
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
@@ -200,6 +245,7 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
+@dataclass(eq=False)
 class Counters(TrainerCallback, ExportableState):
     """What is counted over a stage and kept in its checkpoints.
 
@@ -211,25 +257,14 @@ class Counters(TrainerCallback, ExportableState):
         loss: sum of the losses after it.
     """
 
-    def __init__(
-        self,
-        flips: int = 0,
-        images: int = 0,
-        forward_images: int = 0,
-        backward_images: int = 0,
-        seconds: float = 0.0,
-        logged_step: int = 0,
-        logged_loss: float = 0.0,
-        loss: float = 0.0,
-    ):
-        self.flips = flips
-        self.images = images
-        self.forward_images = forward_images
-        self.backward_images = backward_images
-        self.seconds = seconds
-        self.logged_step = logged_step
-        self.logged_loss = logged_loss
-        self.loss = loss
+    flips: int = 0
+    images: int = 0
+    forward_images: int = 0
+    backward_images: int = 0
+    seconds: float = 0.0
+    logged_step: int = 0
+    logged_loss: float = 0.0
+    loss: float = 0.0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback."""
@@ -238,6 +273,16 @@ class Counters(TrainerCallback, ExportableState):
     def reset(self) -> None:
         """Count from zero again."""
         self.__dict__ = dict(vars(Counters()))
+
+    def cost(self, trained_weights: int) -> Cost:
+        """What the stage has spent."""
+        return Cost(self.images, self.forward_images, self.backward_images, self.seconds, trained_weights)
+
+    def count_batch(self, images: int) -> None:
+        """Count images that training takes forward and backward."""
+        self.images += images
+        self.forward_images += images
+        self.backward_images += images
 
     def take_flips(self) -> int:
         """The count since the last call."""

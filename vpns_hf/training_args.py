@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,13 +208,22 @@ class VPNsTrainingArguments(TrainingArguments):
         schedule = self.score_lr_scheduler_type if searching else None
         return RoleSettings(optim, learning_rate, schedule or self.lr_scheduler_type)
 
-    def stage_length(self, stage: Stage) -> tuple[float, int]:
-        """(epochs, max_steps) of a stage; max_steps is -1 where the epochs count."""
-        if stage.length == "search":
-            return self.search_epochs, self.search_max_steps if self.search_max_steps > 0 else self.max_steps
+    def stage_length(self, stage: Stage, stages: Sequence[Stage]) -> tuple[float, int]:
+        """(epochs, max_steps) of one of the stages of a run; max_steps is -1 where the epochs count."""
         if stage.length == "warm_up":
             return self.head_warm_up_epochs, -1
-        return self.num_train_epochs, self.max_steps
+        is_search = stage.length == "search"
+        epochs = self.search_epochs if is_search else self.num_train_epochs
+        sharing, budget = budgeted_stages(stages), self.total_max_steps
+        if budget > 0 and stage in sharing:
+            index, count = sharing.index(stage), len(sharing)
+            return epochs, budget * (index + 1) // count - budget * index // count
+        return epochs, self.search_max_steps if is_search and self.search_max_steps > 0 else self.max_steps
+
+
+def budgeted_stages(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages that `total_max_steps` is shared out over."""
+    return [stage for stage in stages if stage.length != "warm_up" and stage.roles]
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
