@@ -1,9 +1,9 @@
 """Time of a search step, a tuning step and inference against the same model trained and run densely.
 
-    python benchmarks/steps.py [--models resnet18 vit_small vit_base] [--repeats 5] [--threads 2]
+    python benchmarks/steps.py [--models resnet18 vit_small vit_base] [--repeats 6] [--threads 2]
 
 Every row takes turns with the dense model in one process; the median of the ratios is shown, with their smallest and
-largest. *Dense* is a plain loop: forward, backward and AdamW over all weights. *Released way* restates what the
+largest. *Dense* is a plain loop: forward, backward and fused AdamW over all weights. *Released way* restates what the
 released code of VPNs pays for: a float mask is made from the scores in every layer's forward, and the threshold is the
 k-th value over all scores, found anew after every step. Weights and images are random; the prompt is on in every other
 step, as VPNs alternates.
@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import ratio_cells, time_in_turns, write_table
+from common import machine, ratio_cells, table, time_in_turns, write_results
 from models import CLASSES, SPARSITY, VITS, resnet18, wrap
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -28,6 +31,7 @@ from transformers import PreTrainedModel
 
 from vpns_hf import PromptedSparseModel
 
+PARTS = ("forward", "backward", "optimizer", "masks")
 COLUMNS = ("what", "on", "target", "median ratio", "range")
 
 
@@ -46,23 +50,40 @@ MODELS = {
 }
 
 
-def training_step(
-    model: nn.Module, batch: dict[str, Tensor], after: Callable[[], Any] = lambda: None, prompts: bool = False
-) -> Callable[[], None]:
-    """A function that makes one optimizer step over what is trainable, and `after` it what the method needs."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-    step = 0
+class TrainingStep:
+    """One optimizer step over what is trainable, and `after` it what the method needs; every part of it is timed."""
 
-    def run() -> None:
-        nonlocal step
-        extra = {"use_prompt": step % 2 == 0} if prompts else {}
-        model(**batch, **extra).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        after()
-        step += 1
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        after: Callable[[], Any] = lambda: None,
+        prompts: bool = False,
+    ):
+        self.model, self.batch, self.after, self.prompts = model, batch, after, prompts
+        # Trainer's default.
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=True)
+        self.seconds: list[list[float]] = []
 
-    return run
+    def __call__(self) -> None:
+        """Make one step."""
+        extra = {"use_prompt": len(self.seconds) % 2 == 0} if self.prompts else {}
+        times = [time.perf_counter()]
+        loss = self.model(**self.batch, **extra).loss
+        times.append(time.perf_counter())
+        loss.backward()
+        times.append(time.perf_counter())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        times.append(time.perf_counter())
+        self.after()
+        times.append(time.perf_counter())
+        self.seconds.append([end - start for start, end in itertools.pairwise(times)])
+
+    def median_parts(self) -> list[float]:
+        """Median seconds of each of [`PARTS`], the first step left out."""
+        return [statistics.median(part) for part in zip(*self.seconds[1:], strict=True)]
 
 
 class _ScoresAsMask(torch.autograd.Function):
@@ -88,7 +109,7 @@ class ReleasedMask(nn.Module):
         return weight * _ScoresAsMask.apply(self.scores.abs(), self.threshold)
 
 
-def released_step(backbone: PreTrainedModel, batch: dict[str, Tensor], prompt: nn.Module) -> Callable[[], None]:
+def released_step(backbone: PreTrainedModel, batch: dict[str, Tensor], prompt: nn.Module) -> TrainingStep:
     """A search step as the released code makes it, with the same prompt."""
     backbone.requires_grad_(False)
     threshold = torch.zeros(())
@@ -113,11 +134,11 @@ def released_step(backbone: PreTrainedModel, batch: dict[str, Tensor], prompt: n
             return self.backbone(pixel_values=pixel_values, labels=labels)
 
     find_threshold()
-    return training_step(Prompted(), batch, find_threshold, prompts=True)
+    return TrainingStep(Prompted(), batch, find_threshold, prompts=True)
 
 
-def training_rows(name: str, setting: Setting, repeats: int) -> list[tuple[str, ...]]:
-    """The ratios of training steps of one model."""
+def training_rows(name: str, setting: Setting, repeats: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """The ratios of training steps of one model, and where their time goes."""
     torch.manual_seed(0)
     batch = {
         "pixel_values": torch.randn(setting.batch_size, 3, 224, 224),
@@ -129,19 +150,24 @@ def training_rows(name: str, setting: Setting, repeats: int) -> list[tuple[str, 
     tuned.freeze_masks()
     assert searched.prompt is not None
     steps = {
-        "dense": training_step(copy.deepcopy(backbone), batch),
-        "search": training_step(searched, batch, searched.update_masks, prompts=True),
+        "dense": TrainingStep(copy.deepcopy(backbone), batch),
+        "search": TrainingStep(searched, batch, searched.update_masks, prompts=True),
         "released": released_step(copy.deepcopy(backbone), batch, copy.deepcopy(searched.prompt)),
-        "tune": training_step(tuned, batch, tuned.zero_masked_weights, prompts=True),
+        "tune": TrainingStep(tuned, batch, tuned.zero_masked_weights, prompts=True),
     }
     seconds = time_in_turns(steps, repeats)
     what = f"{name}, batch {setting.batch_size}"
-    return [
+    dense = sum(steps["dense"].median_parts())
+    parts = [
+        (step, what, *(f"{100 * part / dense:.1f}" for part in timed.median_parts())) for step, timed in steps.items()
+    ]
+    ratios = [
         ("search step / dense step", what, "1.02", *ratio_cells(seconds["search"], seconds["dense"])),
         ("search step / released way", what, "0.80", *ratio_cells(seconds["search"], seconds["released"])),
         ("released way / dense step", what, "", *ratio_cells(seconds["released"], seconds["dense"])),
         ("tuning step / dense step", what, "1.03", *ratio_cells(seconds["tune"], seconds["dense"])),
     ]
+    return ratios, parts
 
 
 def inference_rows(name: str, setting: Setting, repeats: int, folder: Path) -> list[tuple[str, ...]]:
@@ -171,16 +197,27 @@ def main() -> None:
     """Measure every model and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = []
+    rows, parts = [], []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
-            rows += training_rows(name, MODELS[name], args.repeats)
-            rows += inference_rows(name, MODELS[name], args.repeats, Path(folder))
-            write_table("steps", __doc__ or "", COLUMNS, rows)
+            ratios, shares = training_rows(name, MODELS[name], args.repeats)
+            rows += ratios + inference_rows(name, MODELS[name], args.repeats, Path(folder))
+            parts += shares
+            write_results(
+                "steps",
+                [
+                    "# Steps",
+                    (__doc__ or "").strip(),
+                    f"Machine: {machine()}.",
+                    table(COLUMNS, rows),
+                    "Where the time goes: medians, in percent of the dense step.",
+                    table(("step", "on", *PARTS), parts),
+                ],
+            )
 
 
 if __name__ == "__main__":
