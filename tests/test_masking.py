@@ -51,6 +51,84 @@ def test_zeros_are_written_bit_for_bit(dtype, channels_last):
         assert found.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(6, 10, 4)[:, ::2, 1:3],
+        torch.randn(1, 5).expand(4, 5),
+        torch.randn(4, 5).t(),
+        torch.tensor(1.5),
+        torch.zeros(0, 3),
+        torch.randn(4, 5).to(torch.float8_e4m3fn),
+        torch.empty(4, 5, device="meta"),
+    ],
+    ids=["sliced", "expanded", "transposed", "single", "empty", "float8", "meta"],
+)
+def test_zeros_in_tensors_of_any_layout(tensor):
+    mask = (torch.rand(tensor.shape[::-1]) < 0.5).permute(tuple(range(tensor.ndim))[::-1]).to(tensor.device)
+    result = masked(tensor, mask)
+    assert (result.shape, result.dtype, result.device) == (tensor.shape, tensor.dtype, tensor.device)
+    if not tensor.is_meta:
+        expected = torch.where(mask, tensor.float(), 0)
+        assert torch.equal(result.float(), expected)
+        tensor = tensor.clone()
+        version = tensor._version
+        write_zeros(tensor, mask)
+        assert torch.equal(tensor.float(), expected)
+        assert tensor._version > version
+
+
+def masked_layer(state):
+    layer = nn.Linear(5, 4)
+    slots = masking.prunable_slots(layer)
+    if state == "search":
+        masking.attach_scores(slots)
+        masking.update_masks(slots, 0.5, "global")
+        return layer, masking.masked_weights(slots)["weight"].mask
+    mask = torch.rand(4, 5) < 0.5
+    masking.freeze(slots, {"weight": mask})
+    masking.mask_gradients(slots)
+    return layer, mask
+
+
+@pytest.mark.parametrize("state", ["search", "frozen"])
+def test_second_derivatives_go_through_masked_gradients(state):
+    layer, mask = masked_layer(state)
+    x, weight = torch.randn(3, 5), masking.stored_weight(masking.prunable_slots(layer)["weight"])
+    (gradient,) = torch.autograd.grad(layer(x).pow(3).sum(), weight, create_graph=True)
+    (found,) = torch.autograd.grad(gradient.square().sum(), weight)
+
+    plain = (weight.detach() * mask).requires_grad_()
+    (gradient,) = torch.autograd.grad((x @ plain.t() + layer.bias.detach()).pow(3).sum(), plain, create_graph=True)
+    (expected,) = torch.autograd.grad((gradient * mask).square().sum(), plain)
+    torch.testing.assert_close(found, expected * mask)
+
+
+def test_gradients_of_several_outputs_at_once_are_masked():
+    layer, mask = masked_layer("frozen")
+    output = layer(torch.randn(3, 5)).sum(0)
+    one_by_one = torch.stack([torch.autograd.grad(part, layer.weight, retain_graph=True)[0] for part in output])
+    (together,) = torch.autograd.grad(output, layer.weight, torch.eye(4), retain_graph=True, is_grads_batched=True)
+    mapped = torch.func.vmap(lambda grad: torch.autograd.grad(output, layer.weight, grad, retain_graph=True)[0])
+    for found in (together, mapped(torch.eye(4))):
+        torch.testing.assert_close(found, one_by_one)
+        assert not found[:, ~mask].any()
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_search_can_be_traced_and_compiled(with_gradients):
+    layer, _ = masked_layer("search")
+    x = torch.randn(3, 5)
+    with torch.set_grad_enabled(with_gradients):
+        expected = layer(x)
+        torch.testing.assert_close(torch.jit.trace(layer, x, check_trace=False)(x), expected)
+        torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected)
+        exported = torch.export.export(layer, (x,))
+    torch.testing.assert_close(exported.module()(x), expected)
+    # Other programs, such as ONNX, have no operation that reads the bits of a number.
+    assert "view" not in {str(node.target).split(".")[1] for node in exported.graph.nodes if "." in str(node.target)}
+
+
 @pytest.mark.parametrize("sparsity", [-0.1, 1.2, math.nan])
 def test_sparsity_outside_the_unit_interval_is_refused(sparsity):
     with pytest.raises(ValueError, match="fraction in"):

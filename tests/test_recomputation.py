@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from models import CONFIGS, tiny_model
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
@@ -81,6 +82,67 @@ def test_checkpointed_blocks_keep_nothing():
     assert [storage.expired() for storage in lengths] == [True, True, False]
     output.sum().backward()
     assert weight.grad is not None
+
+
+def test_hooks_set_around_the_model_see_every_tensor(monkeypatch):
+    """Those of `save_on_cpu`, say, or of a checkpoint of the whole model."""
+    model, images, seen = tiny_model("vit").train(), torch.randn(2, 3, 32, 32), []
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.append(tensor.shape) or tensor, lambda x: x):
+            model(images, use_prompt=True)
+        monkeypatch.setattr(modeling, "recomputing", nullcontext)
+    half = len(seen) // 2
+    assert seen[:half] == seen[half:]
+
+
+def test_layers_used_twice_and_several_weights_of_one_layer():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.attention = nn.Linear(6, 6), nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x):
+            x = self.linear(torch.tanh(self.linear(x)))
+            output, attended = self.attention(x, x, x, need_weights=True)
+            return output.sum() + attended.square().sum()
+
+    model, x, found = Shared(), torch.randn(2, 3, 6), []
+    slots = masking.prunable_slots(model)
+    masking.attach_scores(slots)
+    masking.update_masks(slots, 0.5, "layer")
+    for context in (recomputing, nullcontext):
+        with context():
+            output = model(x)
+        found.append(torch.autograd.grad(output, list(model.parameters())))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_tensor_that_was_changed_is_kept():
+    weight, x = torch.randn(3, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    with recomputing():
+        doubled = 2 * weight
+        can_be_made_again(doubled, lambda weight: 2 * weight, weight)
+        doubled.mul_(3)
+        output = x @ doubled
+    output.sum().backward()
+    assert torch.allclose(x.grad, 6 * weight.detach().sum(1).expand(2, 3))
+
+
+def test_tensors_without_memory_are_kept():
+    """Sparse ones have no storage, those of the meta device all have the same address."""
+    weight, x = torch.randn(3, 3, requires_grad=True), torch.ones(3, 3, requires_grad=True)
+    with recomputing():
+        doubled = 2 * weight
+        can_be_made_again(doubled, lambda weight: 2 * weight, weight)
+        output = torch.sparse.mm(torch.eye(3).to_sparse(), x @ doubled)
+    output.sum().backward()
+    assert torch.equal(x.grad, (2 * weight.detach()).sum(1).expand(3, 3))
+
+    weight, index = torch.empty(3, 3, device="meta", requires_grad=True), torch.empty(3, dtype=int, device="meta")
+    with recomputing():
+        can_be_made_again(2 * weight, lambda weight: 2 * weight, weight)
+        output = weight.index_select(0, index)
+    assert output.grad_fn._saved_index.dtype == torch.int64
 
 
 def test_what_was_told_is_forgotten_outside():

@@ -30,23 +30,25 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(selection, "_DEVIATIONS", 0.5)
 
 
-FEW_VALUES = st.sampled_from([-math.inf, -2.0, -1.0, -0.0, 0.0, 1.0, 2.0, math.inf])
+@pytest.fixture(params=[1, 3])
+def threads(request, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 
-@pytest.mark.usefixtures("small_pieces")
-@settings(max_examples=300, deadline=None)
+FEW_VALUES = st.sampled_from([-math.inf, -2.0, -1.0, -0.0, 0.0, 1.0, 1.0 + 1e-12, 2.0, math.inf])
+CONTENTS = arrays.arrays(np.float64, st.integers(0, 90), elements=st.one_of(FEW_VALUES, st.floats(-4, 4)))
+DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+
+
+@pytest.mark.usefixtures("small_pieces", "threads")
+@settings(max_examples=200, deadline=None)
 @given(
-    st.lists(
-        arrays.arrays(np.float32, st.integers(0, 90), elements=st.one_of(FEW_VALUES, st.floats(-4, 4, width=32))),
-        min_size=1,
-        max_size=4,
-    ),
-    st.floats(0, 1),
+    st.lists(st.tuples(CONTENTS, DTYPES), min_size=1, max_size=4),
+    st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1)),
     st.booleans(),
-    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
 )
-def test_the_largest_are_kept_and_ties_go_to_the_first(contents, share, magnitude, dtype):
-    values = [torch.from_numpy(content).to(dtype) for content in contents]
+def test_the_largest_are_kept_and_ties_go_to_the_first(contents, share, magnitude):
+    values = [torch.from_numpy(content).to(dtype) for content, dtype in contents]
     count = round(share * sum(value.numel() for value in values))
     found = keep_largest(values, count, magnitude)
     for mask, expected in zip(found, by_sorting(values, count, magnitude), strict=True):
@@ -62,6 +64,24 @@ def test_a_selection_large_enough_for_the_bracket(count):
     expected = by_sorting([wide.t(), thin], count, magnitude=True)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     assert found[0].is_contiguous()
+
+
+def test_tensors_of_different_precision_are_ranked_in_the_wider():
+    close = 1 + 1e-12 * torch.arange(5, dtype=torch.float64)
+    found = keep_largest([torch.ones(3), -close], 2, magnitude=True)
+    assert [mask.int().tolist() for mask in found] == [[0, 0, 0], [0, 0, 0, 1, 1]]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("size", [2**16 - 1, 2**16, 2**16 + 1, 2**17 - 1, 2**17, 2**17 + 1])
+@pytest.mark.parametrize("kind", ["random", "equal", "many tensors"])
+def test_sizes_around_those_of_the_sample_and_of_a_piece(size, kind):
+    generator = torch.Generator().manual_seed(size)
+    values = torch.ones(size) if kind == "equal" else torch.randn(size, generator=generator)
+    parts = values.split(500) if kind == "many tensors" else [values]
+    for count in (0, size // 10, size):
+        found, expected = keep_largest(parts, count), by_sorting(parts, count)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_the_bracket_leaves_little_to_rank(monkeypatch):

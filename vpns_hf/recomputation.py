@@ -23,9 +23,10 @@ def recomputing() -> Iterator[None]:
     """Within, no operation keeps a tensor for its backward pass that [`can_be_made_again`] was told of just before.
 
     It changes no result. Hooks for saved tensors that are set further inside, such as those of activation
-    checkpointing, take over there; compiled graphs decide for themselves what they keep.
+    checkpointing, take over there, and nothing is done where there are hooks already, such as those of
+    `torch.autograd.graph.save_on_cpu`; compiled graphs decide for themselves what they keep.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _has_hooks():
         yield
         return
     recomputation = _Recomputation()
@@ -36,28 +37,44 @@ def recomputing() -> Iterator[None]:
     finally:
         _active.reset(token)
         # The graph keeps the hooks, which would keep the last tensor.
-        recomputation.storage = None
+        vars(recomputation).clear()
+
+
+def _has_hooks() -> bool:
+    # torch tells of the hooks that are set nowhere else; its own checkpointing asks here, too.
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def can_be_made_again(tensor: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:
     """Say that `function(*inputs)` gives the values of a tensor, in the same memory format."""
     if not torch.compiler.is_compiling() and (recomputation := _active.get()) is not None:
-        recomputation.storage = tensor.untyped_storage()
+        recomputation.storage, recomputation.version = tensor.untyped_storage(), tensor._version
         recomputation.function, recomputation.inputs = function, inputs
 
 
 class _Recomputation:
-    # The storage is held, so that its address cannot become that of another tensor.
+    # The storage is held, so that another tensor cannot come to lie in its place.
     storage: torch.UntypedStorage | None = None
+    version: int
     function: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
 
     def pack(self, tensor: Tensor) -> _Saved:
-        if self.storage is None or tensor.untyped_storage().data_ptr() != self.storage.data_ptr():
+        if not self._shows(tensor):
             return _Saved(lambda kept: kept, (tensor,))
         size, stride, offset = tensor.size(), tensor.stride(), tensor.storage_offset()
         function = self.function
         return _Saved(lambda *inputs: function(*inputs).as_strided(size, stride, offset), self.inputs)
+
+    def _shows(self, tensor: Tensor) -> bool:
+        """Whether it is the tensor that was told of, or a view of it, with the values that it had then."""
+        # Some have no storage, as sparse ones, and those of the meta device all have the address 0.
+        return (
+            self.storage is not None
+            and torch._C._has_storage(tensor)
+            and tensor.untyped_storage()._cdata == self.storage._cdata
+            and tensor._version == self.version
+        )
 
 
 class _Saved:

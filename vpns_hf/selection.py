@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +42,8 @@ def keep_largest(values: Sequence[Tensor], count: int, magnitude: bool = False) 
     Raises:
         ValueError: an entry is NaN.
     """
-    flat = [value.detach().reshape(-1) for value in values]
+    common = reduce(torch.promote_types, (value.dtype for value in values))
+    flat = [value.detach().reshape(-1).to(common) for value in values]
     if flat[0].device.type != "cpu":
         everything = torch.cat(flat)
         kept = _keep_in_vector(everything.abs() if magnitude else everything, count)
