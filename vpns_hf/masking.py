@@ -242,7 +242,9 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def masked(tensor: Tensor, mask: Tensor) -> Tensor:
     """The tensor with zeros where the bool tensor of its shape is False, infinities and NaN included."""
-    if tensor.device.type != "cpu" or sharding.is_sharded([mask]):
+    # Integers have no derivative, and a gradient may have to have one.
+    differentiable = tensor.requires_grad and torch.is_grad_enabled()
+    if differentiable or tensor.device.type != "cpu" or sharding.is_sharded([mask]):
         return torch.where(mask, tensor, 0)
     bits = tensor.view(_INTEGERS[tensor.element_size()])
     return torch.empty_like(bits).copy_(mask.view(torch.uint8)).mul_(bits).view(tensor.dtype)
