@@ -99,9 +99,10 @@ def consistency(folder):
 def shard(model):
     """As accelerate does it: the blocks, then the rest."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.backbone.vit.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for module in (*model.backbone.vit.layers, model):
+        fully_shard(module, mesh=mesh)
+        # gloo has no average; torch 2.8 lets it add up in its place.
+        module.set_force_sum_reduction_for_comms(True)
     model.shard_masks()
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert all(isinstance(mask, DTensor) for mask in model.masks().values())

@@ -311,7 +311,7 @@ def test_loading_takes_little_more_than_what_is_loaded(file, monkeypatch, sparsi
 )
 def test_values_that_would_be_lost_are_refused(file, value, dtype):
     tensor, mask = torch.zeros(300, dtype=dtype), torch.ones(300, dtype=torch.bool)
-    tensor[7], mask[7] = value, False
+    tensor[7], mask[7] = torch.tensor(value, dtype=dtype), False
     with pytest.raises(ValueError, match=r"'block\.weight' is not zero in every entry that its mask prunes"):
         save_packed(file, {"block.weight": tensor}, {"block.weight": mask}, {})
     assert list(file.parent.iterdir()) == []

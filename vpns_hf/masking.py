@@ -391,7 +391,7 @@ def update_masks(slots: Mapping[str, Slot], sparsity: float, scope: str) -> int:
 def _overwrite(masks: Mapping[str, Tensor], selected: Mapping[str, Tensor]) -> int:
     if not sharding.is_sharded(masks.values()):
         return overwrite_masks(masks, selected)
-    flips = sharding.count_true(mask != selected[name] for name, mask in masks.items())
+    flips = sharding.count_true(mask ^ selected[name] for name, mask in masks.items())
     for name, mask in masks.items():
         mask.copy_(selected[name])
     return flips

@@ -203,7 +203,7 @@ class SparseModel(PreTrainedModel):
         if self.config.state == "frozen":
             flips = masking.change_frozen_masks(slots, masks)
         else:
-            flips = sharding.count_true(mask != masks[name].to(mask.device) for name, mask in own.items())
+            flips = sharding.count_true(mask ^ masks[name].to(mask.device) for name, mask in own.items())
             masks = {name: sharding.whole(mask) for name, mask in masks.items()}
             self.gather()
             if self.config.state == "search":
