@@ -20,7 +20,7 @@ test-interruption: ## runs that are killed and resumed, slow ones too
 	$(PYTHON) -m pytest -m "slow or not slow" tests/test_interruption.py tests/test_faults.py
 
 test-lowest: ## all tests but the slow ones, with the lowest version of every direct dependency; needs uv
-	uv venv --python 3.11 .venv-lowest
+	uv venv --clear --python 3.11 .venv-lowest
 	uv pip install --python .venv-lowest --torch-backend cpu --resolution lowest-direct -e ".[test]"
 	.venv-lowest/bin/python -m pytest -n $(PROCESSES)
 
