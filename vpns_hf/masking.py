@@ -236,7 +236,7 @@ def dense_state(backbone: nn.Module) -> dict[str, Tensor]:
 # Zeros ---------------------------------------------------------------------------------------------------------------
 
 # On a CPU the bits of a number are multiplied by those of its mask, which is 0 or 1: `torch.where` and `masked_fill_`
-# give the same but are not vectorized, and took four times as long.
+# give the same but are not vectorized and take several times as long.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
