@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from vpns_hf.report import markdown_table
+from vpns_hf.report.tables import markdown_table
 
 logging.disable_progress_bar()
 

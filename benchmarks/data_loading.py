@@ -27,9 +27,8 @@ from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from vpns_hf import PromptedSparseModel, load_transfer_dataset
-from vpns_hf.batches import RoleBatchSampler, RoleDataset, collate_images
-from vpns_hf.splits import SplitView, TransferSplits
-from vpns_hf.transforms import ImageTransforms
+from vpns_hf.data import ImageTransforms, RoleBatchSampler, RoleDataset, TransferSplits, collate_images
+from vpns_hf.data.splits import SplitView
 
 SIDE, CLASSES = 224, 10
 

@@ -23,20 +23,13 @@ from rich.console import Console
 from transformers.utils import logging
 
 from vpns_hf import VPNsTrainingArguments
-from vpns_hf.cell_runner import CellRunner, settings_digest
-from vpns_hf.comparison import (
-    Cell,
-    CellResult,
-    comparison_markdown,
-    comparison_table,
-    differences_markdown,
-    plot_comparison,
-    read_results,
-    summary_markdown,
-)
-from vpns_hf.dry_run import PlannedRun, dry_run
+from vpns_hf.experiments import DataArguments, DryRunArguments, Experiment, ModelArguments, parse_recipe
+from vpns_hf.experiments.dry_run import PlannedRun, dry_run
+from vpns_hf.experiments.figure import plot_comparison
+from vpns_hf.experiments.results import Cell, CellResult, read_results
+from vpns_hf.experiments.runner import CellRunner, settings_digest
+from vpns_hf.experiments.tables import comparison_markdown, comparison_table, differences_markdown, summary_markdown
 from vpns_hf.methods import get_method
-from vpns_hf.recipe import DataArguments, DryRunArguments, Experiment, ModelArguments, parse_recipe
 
 DEMO = Path(__file__).parent / "comparison" / "demo.yaml"
 

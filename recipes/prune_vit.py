@@ -26,15 +26,14 @@ from rich.console import Console
 from transformers.utils import logging
 
 from vpns_hf import SparsityReport, VPNsTrainer, VPNsTrainingArguments
-from vpns_hf.dry_run import PlannedRun, dry_run
+from vpns_hf.data import TRANSFER_TASKS
+from vpns_hf.experiments import DataArguments, DryRunArguments, Experiment, ModelArguments, parse_recipe
+from vpns_hf.experiments.dry_run import PlannedRun, dry_run
 from vpns_hf.methods import get_method
 from vpns_hf.metrics import METRICS, predicted_classes
-from vpns_hf.model_card import SubnetworkCard
-from vpns_hf.recipe import DataArguments, DryRunArguments, Experiment, ModelArguments, parse_recipe
 from vpns_hf.report import (
-    MAX_CONFUSION_CLASSES,
     Result,
-    blocks_table,
+    SubnetworkCard,
     plot_confusion,
     plot_density,
     plot_prompt,
@@ -42,7 +41,8 @@ from vpns_hf.report import (
     results_markdown,
     results_table,
 )
-from vpns_hf.transfer_tasks import TRANSFER_TASKS
+from vpns_hf.report.confusion import MAX_CONFUSION_CLASSES
+from vpns_hf.report.tables import blocks_table
 
 DEMO = Path(__file__).parent / "vit" / "demo.yaml"
 PACKAGES = ("vpns-hf", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm")

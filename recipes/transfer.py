@@ -35,23 +35,15 @@ from rich.markdown import Markdown
 from transformers.utils import logging
 
 from vpns_hf import PromptedSparseConfig, PromptedSparseModel, VPNsTrainingArguments
-from vpns_hf.cell_runner import CellRunner, changed_fields, settings_digest
-from vpns_hf.comparison import (
-    DENSE,
-    FULL,
-    Cell,
-    CellResult,
-    comparison_markdown,
-    differences_markdown,
-    read_results,
-    row_name,
-    transfer_markdown,
-)
-from vpns_hf.dry_run import PlannedRun, dry_run
-from vpns_hf.mask_schedules import keep_all
-from vpns_hf.methods import MASK_ALONE, get_method
-from vpns_hf.recipe import DataArguments, DryRunArguments, Experiment, ModelArguments, parse_recipe
-from vpns_hf.run_record import STAGES_NAME
+from vpns_hf.experiments import DataArguments, DryRunArguments, Experiment, ModelArguments, parse_recipe
+from vpns_hf.experiments.dry_run import PlannedRun, dry_run
+from vpns_hf.experiments.results import DENSE, FULL, Cell, CellResult, read_results, row_name
+from vpns_hf.experiments.runner import CellRunner, changed_fields, settings_digest
+from vpns_hf.experiments.tables import comparison_markdown, differences_markdown, transfer_markdown
+from vpns_hf.methods import get_method
+from vpns_hf.methods.mask_schedules import keep_all
+from vpns_hf.methods.table import MASK_ALONE
+from vpns_hf.training.run_record import STAGES_NAME
 
 DEMO = Path(__file__).parent / "transfer" / "demo.yaml"
 # The row of the masks that `--subnetwork` names.

@@ -18,8 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, ViTImageProcessor
 
-from vpns_hf import VPNsTrainer, sharding
-from vpns_hf.masking import select_masks
+from vpns_hf import VPNsTrainer
+from vpns_hf.masking import select_masks, sharding
 
 SETTINGS = dict(
     per_device_train_batch_size=2,

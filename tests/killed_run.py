@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from test_trainer import Images
 from transformers import AutoModelForImageClassification, TrainerCallback, modeling_utils
 
-from vpns_hf import VPNsTrainer, VPNsTrainingArguments, trainer
+from vpns_hf import VPNsTrainer, VPNsTrainingArguments
+from vpns_hf.training import trainer
 
 # The last step is no end of an epoch, and no step that is logged or saved is one that is evaluated.
 SETTINGS = dict(

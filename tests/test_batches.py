@@ -15,9 +15,8 @@ from pictures import in_memory
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
-from vpns_hf.batches import RoleBatchSampler, RoleDataset, SampleKey, collate_images
-from vpns_hf.data import load_transfer_dataset
-from vpns_hf.transforms import ImageTransforms
+from vpns_hf.data import ImageTransforms, RoleBatchSampler, RoleDataset, collate_images, load_transfer_dataset
+from vpns_hf.data.batches import SampleKey
 
 
 def shape(sampler: RoleBatchSampler) -> list[tuple[str, list[int]]]:
@@ -67,7 +66,7 @@ class TestRoleBatchSampler:
 
     def test_reference_values_of_the_published_generator(self):
         # First outputs of SplitMix64 from state 1234567, as published with the algorithm; ours keep the upper 63 bits.
-        from vpns_hf.batches import _seeds
+        from vpns_hf.data.batches import _seeds
 
         published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
         assert _seeds(1234567, 3).tolist() == [number >> 1 for number in published]

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
-from vpns_hf import PromptedSparseModel, checkpoint, storage
+from vpns_hf import PromptedSparseModel, storage
+from vpns_hf.model import packed_shards
 from vpns_hf.storage import PackedFormatError, load_packed, save_packed
 
 INDEX = "model.safetensors.index.json"
@@ -128,8 +129,8 @@ def test_loading_without_threads(folders, monkeypatch):
 
 
 def test_deepspeed_gets_tensors(folders, monkeypatch):
-    monkeypatch.setattr(checkpoint, "is_deepspeed_zero3_enabled", lambda: True)
-    with checkpoint.open_state_dict({str(folders[1] / "whole" / "model.safetensors"): None}) as state:
+    monkeypatch.setattr(packed_shards, "is_deepspeed_zero3_enabled", lambda: True)
+    with packed_shards.open_state_dict({str(folders[1] / "whole" / "model.safetensors"): None}) as state:
         assert all(type(tensor) is torch.Tensor for tensor in state.values())
 
 
@@ -375,7 +376,7 @@ def test_memory_beyond_the_model_is_that_of_two_tensors(tmp_path):
 
 
 def test_no_part_is_kept_once_it_is_placed(folders):
-    with checkpoint.open_state_dict({str(folders[1] / "whole" / "model.safetensors"): None}) as state:
+    with packed_shards.open_state_dict({str(folders[1] / "whole" / "model.safetensors"): None}) as state:
         part, mask = state[WEIGHT], state[f"{WEIGHT}_mask"]
         assert (part.shape, part.dtype, mask.dtype) == ((6, 32), torch.float32, torch.bool)
         assert part.is_floating_point()
@@ -390,9 +391,8 @@ def test_a_dense_folder_is_left_to_transformers(folders, tmp_path):
     model, root = folders
     assert_same(PromptedSparseModel.from_pretrained(root / "dense"), model)
     tiny_backbone("vit").save_pretrained(tmp_path, max_shard_size="10KB")
-    assert (
-        checkpoint.find_packed_files("x", lambda file: str(tmp_path / file) * (tmp_path / file).exists() or None) == {}
-    )
+    found = packed_shards.find_packed_files("x", lambda file: str(tmp_path / file) * (tmp_path / file).exists() or None)
+    assert found == {}
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="an ordinary safetensors file"):
         load_packed(tmp_path / "model.safetensors")

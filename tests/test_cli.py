@@ -20,9 +20,9 @@ from models import tiny_backbone, tiny_model
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-from vpns_hf import cli
-from vpns_hf.cli import main
-from vpns_hf.inspection import inspect_folder
+from vpns_hf import PromptedSparseModel
+from vpns_hf.cli import commands, main
+from vpns_hf.cli.inspection import inspect_folder
 
 NAMES = {0: "dark", 1: "bright"}
 COLOURS = [(30, 20, 10), (220, 230, 240)]
@@ -148,7 +148,7 @@ def test_inspect_counts_what_the_masks_keep(folder, capsys):
     report = model.sparsity_report()
     assert (found["kept"], found["total"]) == (report.kept, report.total)
     assert found["sparsity"] == pytest.approx(0.75, abs=1e-4)
-    loaded = cli.PromptedSparseModel.from_pretrained(folder)
+    loaded = PromptedSparseModel.from_pretrained(folder)
     masks = sorted((int(mask.sum()), mask.numel()) for mask in loaded.masks().values())
     assert sorted((layer["kept"], layer["total"]) for layer in found["layers"]) == masks
     for layer in found["layers"]:
@@ -202,7 +202,7 @@ def test_inspect_neither_builds_nor_decodes(folder, monkeypatch):
     config["auto_map"] = {"AutoModel": "evil.Model"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text("raise SystemExit('this was run')")
-    monkeypatch.setattr("vpns_hf.storage.load_packed", None)
+    monkeypatch.setattr("vpns_hf.storage.reading.load_packed", None)
     assert inspect_folder(folder).backbone == "from-the-future"
 
 
@@ -245,7 +245,7 @@ def test_a_repository_is_fetched_without_what_is_not_published(folder, monkeypat
         calls.append((repo_id, kwargs))
         return str(folder)
 
-    monkeypatch.setattr(cli, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(commands, "snapshot_download", snapshot_download)
     assert main(["inspect", "me/days-90", "--revision", "v1", "--token", "hf_x", "--json"]) == 0
     ((repo_id, kwargs),) = calls
     assert (repo_id, kwargs["revision"], kwargs["token"]) == ("me/days-90", "v1", "hf_x")
@@ -289,7 +289,7 @@ def test_export_writes_a_stock_model_with_its_processor(folder, tmp_path, capsys
     assert sorted(os.listdir(tmp_path / "plain")) == ["config.json", "model.safetensors", "preprocessor_config.json"]
     plain = AutoModelForImageClassification.from_pretrained(tmp_path / "plain")
     images = torch.rand(2, 3, 32, 32)
-    expected = cli.PromptedSparseModel.from_pretrained(folder)(images).logits
+    expected = PromptedSparseModel.from_pretrained(folder)(images).logits
     torch.testing.assert_close(plain(images).logits, expected)
 
 
@@ -300,7 +300,7 @@ def test_export_as_onnx(folder, tmp_path):
     images = torch.rand(4, 3, 32, 32)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"pixel_values": images.numpy()})
-    model = cli.PromptedSparseModel.from_pretrained(folder)
+    model = PromptedSparseModel.from_pretrained(folder)
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(logits), model(images, use_prompt=True).logits)
 
@@ -361,7 +361,7 @@ def test_push_that_is_refused_is_one_sentence(hub, folder, capsys):
 
 def by_hand(folder, data, use_prompt):
     """Accuracy on the test split by a plain loop."""
-    model = cli.PromptedSparseModel.from_pretrained(folder)
+    model = PromptedSparseModel.from_pretrained(folder)
     processor = ViTImageProcessor.from_pretrained(folder)
     split = DatasetDict.load_from_disk(str(data))["test"]
     right = 0

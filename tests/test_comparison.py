@@ -13,22 +13,17 @@ import pytest
 from matplotlib.colors import to_hex
 from rich.console import Console
 
-from vpns_hf.comparison import (
-    Cell,
-    CellResult,
-    append_result,
-    claim,
-    comparison_figure,
+from vpns_hf.experiments.figure import comparison_figure, plot_comparison
+from vpns_hf.experiments.results import Cell, CellResult, append_result, claim, read_results
+from vpns_hf.experiments.tables import (
     comparison_markdown,
     comparison_table,
     differences_markdown,
     paired_differences,
-    plot_comparison,
-    read_results,
     summary_markdown,
     transfer_markdown,
 )
-from vpns_hf.report import MISSING
+from vpns_hf.report.tables import MISSING
 
 FORK = multiprocessing.get_context("fork")
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from vpns_hf.consistency import hash_tensor
+from vpns_hf.training.consistency import hash_tensor
 
 
 def test_hash_depends_on_every_bit_and_where_it_stands():

@@ -32,7 +32,7 @@ class TestLoading:
             food = ClassLabel(names=[f"dish {i}" for i in range(101)])
             return DatasetDict(train=in_memory(labels, food), validation=in_memory(labels, food))
 
-        monkeypatch.setattr("vpns_hf.data.load_dataset", load_dataset)
+        monkeypatch.setattr("vpns_hf.data.loading.load_dataset", load_dataset)
         splits = load_transfer_dataset("food101", revision="main")
         assert asked == [("ethz/food101", None, "main")]
         assert {name: len(split) for name, split in splits.items()} == {"train": 18, "validation": 2, "test": 20}
@@ -42,7 +42,7 @@ class TestLoading:
         thing = ClassLabel(names=[f"n{i:08}" for i in range(200)])
         sizes = {"train": 10, "valid": 1, "extra": 3}
         raw = DatasetDict({name: in_memory([i % 2 for i in range(n)], thing) for name, n in sizes.items()})
-        monkeypatch.setattr("vpns_hf.data.load_dataset", lambda path, **options: raw)
+        monkeypatch.setattr("vpns_hf.data.loading.load_dataset", lambda path, **options: raw)
         splits = load_transfer_dataset("tiny_imagenet", test_split="extra", validation_split="valid")
         assert {name: len(split) for name, split in splits.items()} == {"train": 10, "validation": 1, "test": 3}
 
@@ -157,7 +157,7 @@ class TestLoading:
 
     def test_a_row_that_means_another_data_set(self, monkeypatch):
         raw = DatasetDict(train=in_memory([0, 1] * 10, ClassLabel(names=["x", "y"])), test=in_memory([0, 1]))
-        monkeypatch.setattr("vpns_hf.data.load_dataset", lambda path, **options: raw)
+        monkeypatch.setattr("vpns_hf.data.loading.load_dataset", lambda path, **options: raw)
         with pytest.raises(ValueError, match=r"'tanganke/gtsrb' has 4 classes \(0, 1, x, y\) and its row .* says 43"):
             load_transfer_dataset("gtsrb")
         with pytest.raises(ValueError, match=r"'train' has no column 'img': its columns are image, label, name one"):
@@ -202,7 +202,7 @@ class TestLoading:
         def load_dataset(path, **options):
             raise next(errors)
 
-        monkeypatch.setattr("vpns_hf.data.load_dataset", load_dataset)
+        monkeypatch.setattr("vpns_hf.data.loading.load_dataset", load_dataset)
         with pytest.raises(ValueError, match=r"'u/d' cannot be read with name='a': .* Available: \['b'\]"):
             load_transfer_dataset("u/d", name="a")
         with pytest.raises(ValueError, match=r"'u/d' cannot be read: Dataset scripts are no longer supported"):

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from vpns_hf import VPNsTrainer, VPNsTrainingArguments
-from vpns_hf.transfer_tasks import TRANSFER_TASKS
+from vpns_hf.data import TRANSFER_TASKS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TASKS = ("cifar10", "cifar100", "tiny_imagenet", "dtd", "flowers102", "stanford_cars", "oxford_pets", "food101")

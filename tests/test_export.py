@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from vpns_hf.export import export_onnx, export_plain, plain_model
-from vpns_hf.prompts import PROMPTS
+from vpns_hf.model import PROMPTS
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 NAMES = {0: "cat", 1: "dog", 2: "owl"}

@@ -14,7 +14,7 @@ from models import tiny_model
 from test_trainer import Images, assert_same, fresh, make_trainer
 
 from vpns_hf import PromptedSparseModel
-from vpns_hf.run_record import damage, last_complete_checkpoint
+from vpns_hf.training.checkpoints import damage, last_complete_checkpoint
 
 SAVING = dict(save_strategy="steps", save_steps=2)
 

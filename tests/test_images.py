@@ -15,9 +15,9 @@ from pictures import picture
 from PIL import Image
 from transformers import CLIPImageProcessor, ViTImageProcessor
 
-from vpns_hf.images import LONGEST_TO_SHORTEST, RGB_IMAGE, CorruptImageError, to_rgb
-from vpns_hf.splits import SplitView, StoredRows
-from vpns_hf.transforms import ImageTransforms
+from vpns_hf.data import CorruptImageError, ImageTransforms
+from vpns_hf.data.images import LONGEST_TO_SHORTEST, RGB_IMAGE, to_rgb
+from vpns_hf.data.splits import SplitView, StoredRows
 
 SIZE = {"height": 16, "width": 16}
 TRANSFORMS = [

@@ -15,8 +15,8 @@ import pytest
 from killed_run import assert_same_outcome, finished_stages, outcome, run, start
 from test_trainer import Images, fresh, make_trainer
 
-from vpns_hf.interruption import StopSignals
-from vpns_hf.run_record import damage, last_complete_checkpoint
+from vpns_hf.training.checkpoints import damage, last_complete_checkpoint
+from vpns_hf.training.interruption import StopSignals
 
 TESTS = Path(__file__).parent
 BEST = dict(

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vpns_hf import masking
-from vpns_hf.masking import erk_densities, initial_scores, kept_count, masked, select_masks, write_zeros
+from vpns_hf.masking import erk_densities, kept_count, select_masks
+from vpns_hf.masking.search import initial_scores
+from vpns_hf.masking.zeros import masked, write_zeros
 
 
 def bits(text):

@@ -12,9 +12,9 @@ from test_trainer import Images, StopAt, _history, assert_same, fresh, make_trai
 from transformers import TrainerCallback
 
 from vpns_hf import VPNsTrainer
-from vpns_hf.mask_schedules import AlternatingCompression, GradualSparsity, Moment, drop_and_grow
 from vpns_hf.masking import kept_count
 from vpns_hf.methods import METHODS, get_method
+from vpns_hf.methods.mask_schedules import AlternatingCompression, GradualSparsity, Moment, drop_and_grow
 
 SPARSITY = 0.9
 PRUNING = [name for name, method in METHODS.items() if name != "dense" and not method.needs_pruned]
@@ -594,8 +594,7 @@ def test_calibration_images_are_balanced_and_the_same_every_time(tmp_path):
 
 
 def test_a_new_score_and_a_new_method_are_one_entry_each(tmp_path, monkeypatch):
-    from vpns_hf.methods import Method, prune_and_tune
-    from vpns_hf.preparations import Select
+    from vpns_hf.methods import Method, Select, prune_and_tune
     from vpns_hf.scores import SCORES
 
     def distance_to_mean(model, batches):
@@ -693,7 +692,8 @@ def test_same_batches_for_methods_without_a_prompt(tmp_path):
 
 
 def test_the_readme_example_of_a_new_method_runs(tmp_path, monkeypatch):
-    from vpns_hf import methods, scores
+    from vpns_hf.methods import table as methods
+    from vpns_hf.scores import table as scores
 
     monkeypatch.setattr(methods, "METHODS", dict(METHODS))
     monkeypatch.setattr(scores, "SCORES", dict(scores.SCORES))

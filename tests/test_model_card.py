@@ -7,8 +7,9 @@ import pytest
 from huggingface_hub import ModelCard
 from models import tiny_model
 
-from vpns_hf.model_card import BEGIN, END, StageSettings, SubnetworkCard
-from vpns_hf.report import Result
+from vpns_hf.hub import BEGIN, END
+from vpns_hf.report import Result, SubnetworkCard
+from vpns_hf.training.plan import StageSettings
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 RESULTS = [

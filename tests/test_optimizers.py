@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from vpns_hf import VPNsTrainingArguments
-from vpns_hf.methods import METHODS, get_method
-from vpns_hf.optimizers import OptimizerByRole, RoleSettings, build_optimizer, weight_groups
-from vpns_hf.schedules import learning_rate_factor
+from vpns_hf.methods import METHODS, RoleSettings, get_method
+from vpns_hf.training.optimizers import OptimizerByRole, build_optimizer, learning_rate_factor, weight_groups
 
 
 @pytest.fixture

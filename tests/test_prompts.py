@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from models import tiny_model
 
 from vpns_hf import PromptedSparseConfig, PromptedSparseModel
-from vpns_hf.prompts import PROMPTS, PadPrompt, build_prompt
+from vpns_hf.model import PROMPTS
+from vpns_hf.model.prompts import PadPrompt, build_prompt
 from vpns_hf.report import plot_prompt
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -19,8 +19,9 @@ from transformers import ViTImageProcessor, pipeline
 
 import vpns_hf
 from vpns_hf import PromptedSparseModel, VPNsTrainingArguments
-from vpns_hf.comparison import comparison_markdown, read_results, summary_markdown
-from vpns_hf.recipe import DataArguments, ModelArguments, parse_recipe
+from vpns_hf.experiments import DataArguments, ModelArguments, parse_recipe
+from vpns_hf.experiments.results import read_results
+from vpns_hf.experiments.tables import comparison_markdown, summary_markdown
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CLASSES = (ModelArguments, DataArguments, VPNsTrainingArguments)

@@ -9,8 +9,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from vpns_hf import masking, modeling
-from vpns_hf.recomputation import can_be_made_again, recomputing
+from vpns_hf import masking
+from vpns_hf.masking import search
+from vpns_hf.masking.recomputation import can_be_made_again, recomputing
+from vpns_hf.model import modeling
 
 
 def gradients(model, images):
@@ -43,7 +45,7 @@ def test_masked_weights_live_only_within_their_layer(family, monkeypatch):
         stored.append(StorageWeakRef(tensor.untyped_storage()))
         can_be_made_again(tensor, *how)
 
-    monkeypatch.setattr(masking, "can_be_made_again", watch)
+    monkeypatch.setattr(search, "can_be_made_again", watch)
     model, images = tiny_model(family).train(), torch.randn(2, 3, 32, 32)
     output = model(images, use_prompt=True)
     assert len(stored) >= len(model.masks())

@@ -9,8 +9,8 @@ from test_scores import assert_same, fingerprint, in_state, make_batches
 from torch import nn
 
 from vpns_hf.masking import kept_count, select_masks
-from vpns_hf.reconstruction import prune_matrix, sparsegpt
 from vpns_hf.scores import score_weights
+from vpns_hf.scores.sparsegpt import prune_matrix, sparsegpt
 
 DOUBLE = torch.float64
 

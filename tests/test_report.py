@@ -13,20 +13,13 @@ from rich.console import Console
 from transformers import AutoModelForImageClassification, ViTConfig
 
 from vpns_hf import SparsityReport
-from vpns_hf.report import (
-    Result,
-    blocks_table,
-    confusion_figure,
-    density_figure,
-    plot_density,
-    plot_prompt,
-    plot_training,
-    prompt_figure,
-    results_markdown,
-    results_table,
-    training_figure,
-)
-from vpns_hf.sparsity import LayerSparsity
+from vpns_hf.model.sparsity import LayerSparsity
+from vpns_hf.report import Result, plot_density, plot_prompt, plot_training, results_markdown, results_table
+from vpns_hf.report.confusion import confusion_figure
+from vpns_hf.report.density import density_figure
+from vpns_hf.report.prompt import prompt_figure
+from vpns_hf.report.tables import blocks_table
+from vpns_hf.report.training import training_figure
 
 RESULTS = [
     Result("dense fine-tuned", 0.0, 0.8, None, 6000, 343_210_000),

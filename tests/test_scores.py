@@ -17,10 +17,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, MobileViTConfig
 
-from vpns_hf import scores as scoring
-from vpns_hf.layer_inputs import input_columns, observe_inputs
 from vpns_hf.masking import prunable_slots, select_masks
-from vpns_hf.scores import SCORES, dense_copy, score_weights
+from vpns_hf.scores import SCORES, score_weights
+from vpns_hf.scores import table as scoring
+from vpns_hf.scores.layer_inputs import input_columns, observe_inputs
+from vpns_hf.scores.table import dense_copy
 
 GRADIENT_FAMILIES = ("vit", "swin", "resnet", "timm_vit", "timm_resnet", "mobilevit")
 

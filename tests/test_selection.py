@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpns_hf import selection
-from vpns_hf.selection import keep_largest, overwrite_masks
+from vpns_hf.masking import topk as selection
+from vpns_hf.masking.topk import keep_largest, overwrite_masks
 
 
 def by_sorting(values, count, magnitude=False):

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpns_hf.masking import _ranked_groups, select_masks
-from vpns_hf.sharded_selection import RankedGroup, Shards, select_on_shards
+from vpns_hf.masking import select_masks
+from vpns_hf.masking.selection import _ranked_groups
+from vpns_hf.masking.sharded_topk import RankedGroup, Shards, select_on_shards
 
 
 def on_shards(function, size):

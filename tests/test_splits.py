@@ -15,11 +15,15 @@ from pictures import in_memory, picture, pixels
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
-from vpns_hf.batches import collate_images
-from vpns_hf.data import find_corrupt_images, load_transfer_dataset
-from vpns_hf.images import CorruptImageError
-from vpns_hf.splits import find_duplicates, shared_between_splits
-from vpns_hf.transforms import ImageTransforms
+from vpns_hf.data import (
+    CorruptImageError,
+    ImageTransforms,
+    collate_images,
+    find_corrupt_images,
+    find_duplicates,
+    load_transfer_dataset,
+)
+from vpns_hf.data.splits import shared_between_splits
 
 
 @pytest.fixture(autouse=True)

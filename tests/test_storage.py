@@ -15,18 +15,21 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vpns_hf import storage
 from vpns_hf.storage import (
     CODINGS,
     LAYOUT_KEY,
     VERSION_KEY,
     PackedFormatError,
+    codings,
+    header,
     is_packed,
     load_packed,
+    reading,
     save_packed,
+    writing,
 )
 
-DTYPES = list(storage._DTYPES.values())
+DTYPES = list(header._DTYPES.values())
 SHAPES = [(), (0,), (3, 0, 2), (1,), (7,), (8,), (4, 5, 6), (2, 3, 4, 5)]
 
 
@@ -109,7 +112,7 @@ def test_any_mask_comes_back(tmp_path_factory, data):
 @given(mask=st.one_of(st.lists(st.booleans(), max_size=300), st.lists(st.integers(0, 700), max_size=9)))
 @settings(max_examples=60, deadline=None)
 def test_every_coding_decodes_to_the_mask(monkeypatch_class, chunk, coding, mask):
-    monkeypatch_class.setattr(storage, "_CHUNK", chunk)
+    monkeypatch_class.setattr(codings, "CHUNK", chunk)
     gaps = [[False] * gap + [True] for gap in mask] if mask and type(mask[0]) is int else [mask]
     bools = np.array([bit for gap in gaps for bit in gap], dtype=np.bool_)
     payload = CODINGS[coding].encode(bools, 10**9)
@@ -256,7 +259,7 @@ def test_size_is_near_the_bound(file, dtype, sparsity, slack):
 def test_the_shortest_coding_is_taken(sparsity, coding):
     mask = np.random.default_rng(0).random(200_000) >= sparsity
     payloads = {name: entry.encode(mask, 10**9) for name, entry in CODINGS.items()}
-    assert storage._shortest_coding(mask) == (coding, payloads[coding])
+    assert codings.shortest_coding(mask) == (coding, payloads[coding])
     assert len(payloads[coding]) == min(len(payload) for payload in payloads.values() if payload is not None)
 
 
@@ -281,7 +284,7 @@ def test_saving_takes_little_memory(file, sparsity):
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
 def test_loading_takes_little_more_than_what_is_loaded(file, monkeypatch, sparsity):
     # Blocks are only taken by the system where they are used, which tracemalloc does not see.
-    monkeypatch.setattr(storage, "_ARENA", 0)
+    monkeypatch.setattr(reading, "_ARENA", 0)
     tensors, masks = {}, {}
     for name in "abcdef":
         tensors[name], masks[name] = masked((1024, 512), sparsity)
@@ -622,7 +625,7 @@ def test_files_that_stock_safetensors_wrote_are_refused(file):
 
 def test_too_little_memory_is_one_clear_error(file, monkeypatch):
     by_hand(file)
-    monkeypatch.setattr(storage._Arena, "zeros", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(reading._Arena, "zeros", lambda *_: (_ for _ in ()).throw(MemoryError()))
     assert_refused(file, r"'w' has the shape \(3,\), for which there is no memory")
 
 
@@ -758,4 +761,4 @@ def test_nan_is_seen_in_every_type_and_infinity_is_none(dtype):
     unsigned = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[dtype.itemsize]
     for nan, expected in ((1.0, False), (math.nan, True), (-math.nan, True)):
         values = torch.cat([numbers, torch.tensor([nan], dtype=torch.float64)]).to(dtype)
-        assert storage._any_nan(values.view(unsigned).numpy(), dtype) is expected
+        assert writing.any_nan(values.view(unsigned).numpy(), dtype) is expected

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from transformers import EvalPrediction, TrainerCallback
 
 from vpns_hf import PromptedSparseModel, VPNsTrainingArguments
-from vpns_hf.batches import collate_images
+from vpns_hf.data import collate_images
 from vpns_hf.metrics import compute_metrics
 
 SHORT = dict(save_strategy="no", max_steps=4)

@@ -17,7 +17,8 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 import vpns_hf
 from vpns_hf import PromptedSparseModel
-from vpns_hf.comparison import Cell, read_results, transfer_markdown
+from vpns_hf.experiments.results import Cell, read_results
+from vpns_hf.experiments.tables import transfer_markdown
 
 SCRIPT = Path(__file__).parents[1] / "recipes/transfer.py"
 TRANSFER = runpy.run_path(str(SCRIPT))
@@ -254,7 +255,7 @@ def test_another_launch_is_waited_for(folder, monkeypatch):
         (folder / "elsewhere").rename(found)
         claim.__exit__(None, None, None)
 
-    monkeypatch.setattr("vpns_hf.cell_runner.CellRunner.wait", finish)
+    monkeypatch.setattr("vpns_hf.experiments.runner.CellRunner.wait", finish)
     assert timeless(run(folder, **settings)) == timeless(lines)
     assert waited == [True]
 

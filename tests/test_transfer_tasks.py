@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 from vpns_hf import VPNsTrainingArguments
-from vpns_hf.recipe import DataArguments, Experiment, ModelArguments, parse_recipe
-from vpns_hf.transfer_tasks import TRANSFER_TASKS
+from vpns_hf.data import TRANSFER_TASKS
+from vpns_hf.experiments import DataArguments, Experiment, ModelArguments, parse_recipe
 
 PAPER = ("cifar10", "cifar100", "tiny_imagenet", "dtd", "flowers102", "stanford_cars", "oxford_pets", "food101")
 

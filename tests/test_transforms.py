@@ -26,9 +26,8 @@ from transformers import (
 )
 
 from vpns_hf import PromptedSparseModel, VPNsTrainer, VPNsTrainingArguments
-from vpns_hf.data import load_transfer_dataset
-from vpns_hf.images import CorruptImageError
-from vpns_hf.transforms import AUGMENTATIONS, ImageTransforms, matching_image_processor
+from vpns_hf.data import CorruptImageError, ImageTransforms, load_transfer_dataset, matching_image_processor
+from vpns_hf.data.transforms import AUGMENTATIONS
 
 
 def timm_processor(height: int = 16, width: int = 16) -> TimmWrapperImageProcessor:

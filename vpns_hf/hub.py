@@ -35,7 +35,7 @@ from huggingface_hub.errors import (
 )
 from transformers.utils import cached_file
 
-from .storage import PackedFormatError
+from .storage.header import PackedFormatError
 from .version import __version__
 
 CARD_NAME = "README.md"
@@ -52,9 +52,6 @@ PUBLISHED_FILES = (
 TAGS = ("vpns_hf", "pruning", "sparsity", "visual-prompting", "image-classification")
 # What lies between these lines of a card is written anew; what people wrote around them stays.
 BEGIN, END = "<!-- vpns_hf: begin -->", "<!-- vpns_hf: end -->"
-
-
-# Pushing -------------------------------------------------------------------------------------------------------------
 
 
 def push_folder(
@@ -155,11 +152,8 @@ def _branch(api: HfApi, repo_id: str, revision: str | None) -> Iterator[None]:
         raise
 
 
-# Cards ---------------------------------------------------------------------------------------------------------------
-
-
 def short_card(title: str, tags: Sequence[str], metadata: Mapping[str, Any], **facts: Any) -> ModelCard:
-    """A card that says what a model is and how to load it, from `model_cards/short.md`.
+    """A card that says what a model is and how to load it, from `card_templates/short.md`.
 
     Args:
         title: heading of the card, and where its code loads the model from.
@@ -174,7 +168,7 @@ def short_card(title: str, tags: Sequence[str], metadata: Mapping[str, Any], **f
         tags=list(dict.fromkeys([*TAGS, *tags])),
         **given,
     )
-    template = (files("vpns_hf.model_cards") / "short.md").read_text(encoding="utf-8")
+    template = (files("vpns_hf.card_templates") / "short.md").read_text(encoding="utf-8")
     return ModelCard.from_template(
         data, template_str=template, title=title, begin=BEGIN, end=END, version=__version__, **facts
     )
@@ -204,8 +198,6 @@ def merge_cards(old: ModelCard, new: ModelCard) -> ModelCard:
         text = before + BEGIN + generated.partition(END)[0] + END + after
     return ModelCard(f"---\n{ModelCardData(**metadata, ignore_metadata_errors=True).to_yaml()}\n---\n{text}")
 
-
-# Loading -------------------------------------------------------------------------------------------------------------
 
 _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
 
@@ -242,9 +234,6 @@ def pinned_revision(name: str, kwargs: Mapping[str, Any]) -> str | None:
         cache_dir=kwargs.get("cache_dir"),
         local_files_only=kwargs.get("local_files_only", False),
     )
-
-
-# Errors --------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

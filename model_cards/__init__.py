@@ -1,1 +1,0 @@
-"""The template of model cards, shipped as `vpns_hf.model_cards`, and rendered cards."""

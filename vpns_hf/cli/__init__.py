@@ -1,0 +1,5 @@
+"""The command `vpns-hf`."""
+
+from .program import main
+
+__all__ = ["main"]

@@ -1,0 +1,129 @@
+"""The `vpns-hf` command: look into a subnetwork, export, publish and evaluate it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from ..version import __version__
+from .commands import evaluate, export, inspect, push
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows `vpns-hf`; None: `sys.argv[1:]`.
+
+    Returns:
+        The exit code: 0, or 1 where the work failed, with the reason in one sentence on stderr.
+
+    Raises:
+        SystemExit: 2 for wrong usage, 0 for `--help` and `--version`.
+    """
+    parsed = _parser().parse_args(arguments)
+    logging.disable_progress_bar()  # those of loading weights; evaluation keeps its own
+    try:
+        parsed.run(parsed)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        print(f"vpns-hf {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vpns-hf",
+        description="Look into, export, publish and evaluate models that vpns_hf has pruned.",
+        epilog="Exit codes: 0 done, 1 the work failed, 2 wrong usage. `vpns-hf COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"vpns-hf {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = _add(commands, inspect, "vpns-hf inspect me/vit-cifar100-vpns-90")
+    _add_model(command)
+    command.add_argument("--json", action="store_true", help="print a JSON object instead of tables")
+
+    command = _add(
+        commands,
+        export,
+        "vpns-hf export me/vit-cifar100-vpns-90 plain",
+        "vpns-hf export me/vit-cifar100-vpns-90 model.onnx --format onnx",
+    )
+    _add_model(command)
+    command.add_argument("out", metavar="OUT", help="folder to make, or the .onnx file")
+    command.add_argument("--format", choices=("transformers", "timm", "onnx"), default="transformers")
+    command.add_argument("--opset", type=int, help="version of the ONNX operators (default: torch's choice)")
+    prompt = command.add_mutually_exclusive_group()
+    prompt.add_argument(
+        "--with_prompt", dest="use_prompt", action="store_const", const=True, help="logits are those with the prompt"
+    )
+    prompt.add_argument(
+        "--without_prompt", dest="use_prompt", action="store_const", const=False, help="the prompt is left out"
+    )
+
+    command = _add(commands, push, "vpns-hf push vpns-demo me/vit-cifar100-vpns-90")
+    command.add_argument("folder", metavar="DIR", help="folder that a run or an export left")
+    command.add_argument("repo_id", metavar="REPO_ID", help="repository on the Hub, user/name; made if needed")
+    command.add_argument("--private", action="store_true", help="make it a private one")
+    command.add_argument("--commit_message", default="Upload subnetwork")
+    command.add_argument("--revision", help="branch to commit to (default: main)")
+    command.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
+    command.add_argument("--token", help="Hub token (default: the one of `hf auth login`)")
+
+    command = _add(
+        commands,
+        evaluate,
+        "vpns-hf evaluate me/vit-cifar100-vpns-90 --dataset_name cifar100",
+        "vpns-hf evaluate vpns-demo --dataset_name ./my_images --split validation",
+    )
+    _add_model(command)
+    command.add_argument(
+        "--dataset_name", required=True, help="a task such as cifar100, an id on the Hub, or a local folder"
+    )
+    command.add_argument("--dataset_config_name", help="configuration of the data set, where it has several")
+    command.add_argument("--dataset_revision", help="commit, tag or branch of the data set")
+    command.add_argument("--image_column_name", help="column of the images (default: found)")
+    command.add_argument("--label_column_name", help="column of the classes (default: found)")
+    command.add_argument("--test_split", help="what the data set calls its test split (default: test)")
+    command.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    command.add_argument("--batch_size", type=_positive, default=64, help="images a device takes at a time")
+    command.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
+    return parser
+
+
+def _add(commands: Any, run: Callable[[argparse.Namespace], None], *examples: str) -> argparse.ArgumentParser:
+    """A subcommand whose help is the docstring of the function that runs it."""
+    summary, _, details = (run.__doc__ or "").partition("\n\n")
+    text = "\n".join(line.removeprefix("    ") for line in f"{summary}\n\n{details}".splitlines())
+    command = commands.add_parser(
+        run.__name__,
+        help=summary[0].lower() + summary[1:].rstrip("."),
+        description=text.strip(),
+        epilog="\n  ".join(["Examples:" if len(examples) > 1 else "Example:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="REPO_OR_DIR", help="id on the Hub, or local folder")
+    command.add_argument("--revision", help="branch, tag or commit on the Hub")
+    command.add_argument("--token", help="Hub token (default: the one of `hf auth login`)")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

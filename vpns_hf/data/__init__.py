@@ -1,0 +1,24 @@
+"""Data sets for transfer: loading, splits, transforms and batches."""
+
+from .batches import RoleBatchSampler, RoleDataset, collate_images
+from .corrupt import find_corrupt_images
+from .images import CorruptImageError
+from .loading import load_transfer_dataset
+from .splits import TransferSplits, find_duplicates
+from .tasks import TRANSFER_TASKS, TransferTask
+from .transforms import ImageTransforms, matching_image_processor
+
+__all__ = [
+    "TRANSFER_TASKS",
+    "CorruptImageError",
+    "ImageTransforms",
+    "RoleBatchSampler",
+    "RoleDataset",
+    "TransferSplits",
+    "TransferTask",
+    "collate_images",
+    "find_corrupt_images",
+    "find_duplicates",
+    "load_transfer_dataset",
+    "matching_image_processor",
+]

@@ -1,0 +1,247 @@
+"""Data: any image classification data set as splits train, validation and test with columns image and label."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from .columns import check_classes, choose_columns, encode_labels, require_columns
+from .corrupt import skip_corrupt
+from .sampling import carve, check_sampling, sample
+from .splits import Part, StoredRows, TransferSplits, listed
+from .tasks import TRANSFER_TASKS, TransferTask
+
+logger = logging.getLogger(__name__)
+SPLITS = ("train", "validation", "test")
+SHUFFLE_BUFFER = 1000
+"""Images of a stream that are held in memory, as files, to be drawn from at random; shards are shuffled besides."""
+
+
+def load_transfer_dataset(
+    path: str | Path | Dataset | DatasetDict,
+    *,
+    name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    train_split: str | None = None,
+    validation_split: str | None = None,
+    test_split: str | None = None,
+    validation_fraction: float = 0.1,
+    shots: int | None = None,
+    fraction: float | None = None,
+    seed: int = 42,
+    corrupt_images: str = "error",
+    stream_images: int | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    num_proc: int | None = None,
+) -> TransferSplits:
+    """Load a classification data set as splits `train`, `validation` and `test` with columns `image` and `label`.
+
+    Images come out as RGB whatever they were stored as. Classes are the same `ClassLabel` in every split: integer and
+    string labels are numbered in sorted order over all splits together. A validation or test split that the data set
+    does not have is carved from `train`, stratified by class: the same seed always gives the same images.
+
+    Args:
+        path: key of `TRANSFER_TASKS`, Hub id, local folder (image folder, parquet or arrow files, or what
+            `save_to_disk` wrote), or a data set in memory. A folder named like a key is meant as `./<folder>`.
+        name: configuration of the data set, where it has several.
+        image_column: column of the images; `None` finds it.
+        label_column: column of the classes; `None` finds it.
+        train_split: split to train on; `None` means `train`.
+        validation_split: split to select on; `None` means `validation`, else it is carved from the training split.
+        test_split: split to report on; `None` means `test`, else it is carved from the training split with a warning.
+        validation_fraction: share of the training split that a carved split takes.
+        shots: training images to keep of each class (all, where a class has fewer); those of 8 shots are among those
+            of 16. Validation and test stay whole.
+        fraction: share of the training images to keep, stratified by class; smaller shares are parts of larger ones.
+        seed: seed of the carved splits, and of what `shots` and `fraction` keep.
+        corrupt_images: `"error"` reads images when they are needed, and one that cannot be read stops the run;
+            `"skip"` reads every image once beforehand and leaves out, with a warning that names them, those that
+            cannot be read.
+        stream_images: training images to fetch from a stream in place of downloading the whole training split, for
+            runs that `max_steps` keeps short. They are the first of the shuffled stream and are kept on disk, because
+            prompted and plain batches draw images by index. Validation and test splits are fetched whole.
+        revision: commit, tag or branch of a data set on the Hub.
+        cache_dir: folder that `datasets` keeps its files in.
+        token: Hub token for private and gated data sets.
+        num_proc: processes that prepare the data set and look for corrupt images.
+
+    Returns:
+        The three splits, with the row numbers of their images in the stored data set.
+
+    Raises:
+        ConnectionError: if the Hub cannot be reached and the data set is not in the local cache.
+        FileNotFoundError: if there is no such data set or folder.
+        ValueError: if a split or column is missing, labels are missing, a class is too small to be split, or a data
+            set of the table has other classes than its row says.
+    """
+    check_sampling(shots, fraction, corrupt_images)
+    if stream_images is not None and stream_images < 1:
+        raise ValueError(f"stream_images is {stream_images}: expected a number of training images, at least 1.")
+    task = TRANSFER_TASKS.get(path) if isinstance(path, str) else None
+    expected_classes = None
+    if task is not None:
+        expected_classes = task.num_classes if label_column in (None, task.label) else None
+        path, name = task.path, name or task.name
+        image_column, label_column = image_column or task.image, label_column or task.label
+        train_split, test_split = train_split or task.train, test_split or task.test
+        validation_split = validation_split or task.validation
+    options = {"name": name, "revision": revision, "cache_dir": cache_dir, "token": token}
+    if stream_images is None:
+        raw = _read(path, **options, num_proc=num_proc)
+    else:
+        raw = _read(path, **options, streaming=True)
+    chosen = _choose_splits(raw, train_split, validation_split, test_split)
+    parts = {
+        ours: _part(raw[theirs], theirs, stream_images if ours == "train" else None, seed, cache_dir)
+        for ours, theirs in chosen.items()
+    }
+    if task is not None and task.clip:
+        parts = {ours: _middle_frames(part, task) for ours, part in parts.items()}
+    parts = choose_columns(parts, image_column, label_column)
+    if corrupt_images == "skip":
+        parts = {ours: skip_corrupt(part, num_proc) for ours, part in parts.items()}
+    parts = encode_labels(parts)
+    check_classes(parts["train"], expected_classes, path)
+    if "test" not in parts:
+        logger.warning(
+            "The data set has no test split: %.3g of the training split is held out as one.", validation_fraction
+        )
+        parts = carve(parts, "test", validation_fraction, seed)
+    if "validation" not in parts:
+        logger.info("%.3g of the training split is held out for validation.", validation_fraction)
+        parts = carve(parts, "validation", validation_fraction, seed)
+    parts["train"] = sample(parts["train"], shots, fraction, seed)
+    return TransferSplits({ours: parts[ours].data for ours in SPLITS}, {ours: parts[ours].stored for ours in SPLITS})
+
+
+def _read(path: str | Path | Dataset | DatasetDict, **options: Any) -> DatasetDict:
+    """The data set as it is stored, all splits."""
+    if isinstance(path, IterableDataset | IterableDatasetDict):
+        raise ValueError(
+            "Prompted and plain batches draw images by index, which a stream cannot give: pass the Hub id or folder "
+            "with stream_images=n, or keep what you need of the stream with "
+            "Dataset.from_generator(lambda: stream.take(n), features=stream.features)."
+        )
+    if isinstance(path, str | Path):
+        folder = Path(path)
+        saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+        path = load_from_disk(str(folder)) if saved else _load(str(path), **options)
+    return DatasetDict({"train": path}) if isinstance(path, Dataset) else path
+
+
+def _load(path: str, **options: Any) -> DatasetDict:
+    """`load_dataset`, with its many ways to fail put into one sentence."""
+    try:
+        return load_dataset(path, **options)
+    except (ConnectionError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        snapshot = _downloaded_snapshot(path, options["revision"])
+        if snapshot is not None:
+            logger.warning("The Hub cannot be reached; '%s' is read from %s.", path, snapshot)
+            return _load(snapshot, **options | {"revision": None})
+        revision = f" --revision {options['revision']}" if options["revision"] else ""
+        raise ConnectionError(
+            f"The data set '{path}' is neither a local folder nor in the local cache, and the Hugging Face Hub cannot "
+            f"be reached: run `hf download {path} --repo-type dataset{revision}` where there is a network, copy the "
+            f"folder {HF_HUB_CACHE} here if that is another machine, and start again."
+        ) from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"No data set was found at '{path}': expected a key of TRANSFER_TASKS, a data set of the Hugging Face Hub "
+            "that you may read (pass token= for a private or gated one), or a local folder of images in one folder a "
+            f"class, of parquet or arrow files, or written by save_to_disk. ({error})"
+        ) from error
+    except ValueError as error:
+        # A configuration that is missing or unknown; the message lists those that there are.
+        raise ValueError(f"The data set '{path}' cannot be read with name={options['name']!r}: {error}") from error
+    except (RuntimeError, DatasetGenerationError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"The data set '{path}' cannot be read: {reason}") from error
+
+
+def _downloaded_snapshot(path: str, revision: str | None) -> str | None:
+    """The folder that `hf download` left in the cache of huggingface_hub, if it is complete."""
+    try:
+        folder = snapshot_download(path, repo_type="dataset", revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    blobs = Path(folder).parents[1] / "blobs"
+    return None if any(blobs.glob("*.incomplete")) else folder
+
+
+def _choose_splits(raw: DatasetDict, train: str | None, validation: str | None, test: str | None) -> dict[str, str]:
+    """Our splits and the stored ones they are; validation and test may be absent where none was asked for."""
+    train = train or "train"
+    test = test or ("test" if "test" in raw else None)
+    if validation is None and "validation" in raw and test != "validation":
+        validation = "validation"
+    chosen = {
+        ours: theirs for ours, theirs in zip(SPLITS, (train, validation, test), strict=True) if theirs is not None
+    }
+    for ours, theirs in chosen.items():
+        if theirs not in raw:
+            raise ValueError(
+                f"The data set has no split '{theirs}' to use for {ours}: its splits are {listed(raw)}, "
+                f"name one of them with {ours}_split."
+            )
+    if len(set(chosen.values())) < len(chosen):
+        raise ValueError(
+            f"One split is used twice ({', '.join(f'{ours}: {theirs}' for ours, theirs in chosen.items())}): "
+            "give train_split, validation_split and test_split different names."
+        )
+    return chosen
+
+
+def _part(
+    stored: Dataset | IterableDataset, split: str, count: int | None, seed: int, cache_dir: str | Path | None
+) -> Part:
+    """All rows of a stored split, or some of a stream."""
+    if isinstance(stored, IterableDataset):
+        stored = _fetch(stored, count, seed, cache_dir)
+        split = split if count is None else f"{split} (stream shuffled with seed {seed})"
+    return Part(stored.with_format(None), StoredRows(split, np.arange(len(stored))))
+
+
+def _fetch(stream: IterableDataset, count: int | None, seed: int, cache_dir: str | Path | None) -> Dataset:
+    """A stream, or the first images of it in random order, kept on disk by `datasets` as they are stored."""
+    if stream.features is None:
+        raise ValueError("The columns of this stream are known only once it is read: load it without stream_images.")
+    for column, feature in stream.features.items():
+        if isinstance(feature, Image):
+            stream = stream.cast_column(column, Image(decode=False))
+    if count is not None:
+        stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(count)
+    return Dataset.from_generator(
+        _rows,
+        features=stream.features,
+        gen_kwargs={"stream": stream},
+        cache_dir=None if cache_dir is None else str(cache_dir),
+    )
+
+
+def _rows(stream: IterableDataset) -> Iterator[dict[str, Any]]:
+    yield from stream
+
+
+def _middle_frames(part: Part, task: TransferTask) -> Part:
+    """The frame in the middle of each clip."""
+    columns = [*task.clip, str(task.frame)]
+    require_columns(part, dict.fromkeys(columns, f"pass '{task.path}' to use every frame of every clip"))
+    *clip, frame = (part.data[column][:] for column in columns)
+    clips: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for index, key in enumerate(zip(*clip, strict=True)):
+        clips[key].append(index)
+    middle = [sorted(indices, key=frame.__getitem__)[len(indices) // 2] for indices in clips.values()]
+    return part.select(np.asarray(middle))

@@ -1,0 +1,75 @@
+"""Carve a validation split and sample training rows, stratified by class."""
+
+from __future__ import annotations
+
+import logging
+from math import ceil
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+from .corrupt import CORRUPT_IMAGES
+from .splits import Part, listed
+
+logger = logging.getLogger(__name__)
+
+
+def check_sampling(shots: int | None, fraction: float | None, corrupt_images: str) -> None:
+    """Raise if the sampling arguments contradict each other or are out of range."""
+    if shots is not None and fraction is not None:
+        raise ValueError(f"shots is {shots} and fraction is {fraction}: give one of the two.")
+    if shots is not None and shots < 1:
+        raise ValueError(f"shots is {shots}: expected a number of images a class, at least 1.")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}: expected a share above 0 and up to 1, such as 0.1.")
+    if corrupt_images not in CORRUPT_IMAGES:
+        raise ValueError(f"corrupt_images is '{corrupt_images}': expected one of {listed(CORRUPT_IMAGES)}.")
+
+
+def carve(parts: dict[str, Part], name: str, fraction: float, seed: int) -> dict[str, Part]:
+    """The parts with a stratified share of `train` moved to a new one; both keep the order of `train`."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation_fraction is {fraction}: expected a share between 0 and 1, such as 0.1.")
+    train = parts["train"]
+    labels = np.asarray(train.data["label"][:])
+    class_name = train.data.features["label"].int2str
+    counts = np.bincount(labels)
+    if (counts == 1).any():
+        raise ValueError(
+            f"The class '{class_name(int(np.argmax(counts == 1)))}' has only one training image, so no {name} split "
+            f"can be carved from the training split: name a split with {name}_split, add images or leave the class "
+            "out."
+        )
+    size, num_classes = ceil(fraction * len(labels)), np.count_nonzero(counts)
+    if min(size, len(labels) - size) < num_classes:
+        smallest = class_name(int(np.argmin(np.where(counts > 0, counts, counts.max()))))
+        raise ValueError(
+            f"Carving {size} of {len(labels)} training images as the {name} split leaves less than one image a class "
+            f"for {num_classes} classes (the smallest is '{smallest}' with {counts[counts > 0].min()}): change "
+            f"validation_fraction (now {fraction}) or name a split with {name}_split."
+        )
+    kept, carved = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed)
+    return {**parts, "train": train.select(kept), name: train.select(carved)}
+
+
+def sample(train: Part, shots: int | None, fraction: float | None, seed: int) -> Part:
+    """As many training images of each class as `shots`, or a stratified share of them."""
+    if shots is None and fraction is None:
+        return train
+    labels = np.asarray(train.data["label"][:])
+    counts = np.bincount(labels)
+    # RandomState and not Generator: its numbers are promised to stay the same in every version of numpy.
+    shuffled = np.random.RandomState(seed).permutation(len(labels))
+    rows = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    rank = np.arange(len(rows)) - (np.cumsum(counts) - counts)[labels[rows]]
+    if shots is not None:
+        if short := np.count_nonzero(counts[counts > 0] < shots):
+            logger.warning("%d classes have fewer than %d training images; all of theirs are kept.", short, shots)
+        return train.select(rows[rank < shots])
+    size, num_classes = ceil(float(fraction or 1) * len(labels)), np.count_nonzero(counts)
+    if size < num_classes:
+        raise ValueError(
+            f"fraction={fraction} keeps {size} of {len(labels)} training images, less than one for each of the "
+            f"{num_classes} classes: use at least {num_classes / len(labels):.3g}."
+        )
+    return train.select(rows[np.argsort(rank / counts[labels[rows]], kind="stable")[:size]])

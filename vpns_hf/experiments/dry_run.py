@@ -1,0 +1,80 @@
+"""What runs would do: model, data and arguments are built, and nothing is trained."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from ..model.modeling import PromptedSparseModel
+from ..report.tables import MISSING, terminal_table
+from ..training.arguments import VPNsTrainingArguments
+from ..training.trainer import VPNsTrainer
+from .experiment import Experiment
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run that a recipe would make.
+
+    Args:
+        name: shown in front of its stages.
+        experiment: backbone and data.
+        args: of the run.
+        prepare: as of [`Experiment.trainer`].
+    """
+
+    name: str
+    experiment: Experiment
+    args: VPNsTrainingArguments
+    prepare: Callable[[PromptedSparseModel], None] | None = None
+
+    def trainer(self) -> VPNsTrainer:
+        """The trainer of the run, which writes nothing and makes no repository."""
+        args = copy.copy(self.args)
+        args.push_to_hub = False
+        with tempfile.TemporaryDirectory() as args.output_dir:
+            return self.experiment.trainer(args, self.prepare)
+
+
+def dry_run(runs: Iterable[PlannedRun]) -> None:
+    """Build every run and print what it is: facts once for each experiment, stages for each run.
+
+    Args:
+        runs: runs of one experiment must follow each other.
+    """
+    console, shown = Console(), None
+    for run in runs:
+        trainer = run.trainer()
+        if run.experiment is not shown:
+            shown = run.experiment
+            console.print(terminal_table(("what", "value"), _facts(shown, trainer), "Dry run: nothing is trained"))
+            first = trainer.train_dataset[0]
+            console.print(f"First training image: {tuple(first['pixel_values'].shape)}, class {first['labels']}")
+        columns = ("stage", "what trains and how", "optimizer steps")
+        console.print(terminal_table(columns, (stage.row() for stage in trainer.planned_stages()), run.name))
+
+
+def _facts(experiment: Experiment, trainer: VPNsTrainer) -> Iterator[tuple[str, str]]:
+    model, args = trainer.model, trainer.args
+    prunable = model.prunable_weights().values()
+    accumulated = args.gradient_accumulation_steps
+    height, width = model.config.geometry.size
+    yield "backbone", f"{experiment.model_args.model_name_or_path} ({type(model.backbone).__name__})"
+    yield "parameters", f"{sum(parameter.numel() for parameter in model.backbone.parameters()):,}"
+    yield "prunable weights", f"{sum(weight.numel() for weight in prunable):,}"
+    yield "input", f"{height} x {width} pixels"
+    yield "prompt", model.config.prompt or MISSING
+    yield "data", experiment.data_args.dataset_name
+    yield "classes", f"{model.config.num_labels:,}" + (" (new head)" if model.config.new_head else "")
+    for name, split in experiment.splits.items():
+        yield f"{name} images", f"{split.num_rows:,}"
+    yield (
+        "images a step",
+        f"{args.train_batch_size * accumulated * args.world_size} = {args.train_batch_size} a batch x {accumulated} "
+        f"accumulated x {args.world_size} processes",
+    )
+    yield "metrics", ", ".join(args.reported_metrics)

@@ -1,0 +1,254 @@
+"""Store results of a comparison, one line per cell, safe for several writers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+DENSE = "dense"
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Args:
+        method: name of the pruning method; `"dense"` is the reference.
+        sparsity: fraction of the prunable weights to remove; 0 for the reference.
+        seed: of the new head, the order of the data and everything else that is drawn.
+        task: the task that the mask was transferred to; None where masks are found on the task itself.
+        mode: what was trained on it under the mask; None as there.
+    """
+
+    method: str
+    sparsity: float
+    seed: int
+    task: str | None = None
+    mode: str | None = None
+
+    def __str__(self) -> str:
+        parts = (self.task, self.method, self.mode, f"sparsity {self.sparsity:.0%}", f"seed {self.seed}")
+        return ", ".join(part for part in parts if part is not None)
+
+
+def row_name(method: str, mode: str | None) -> str:
+    """Name of a row in tables: the method, and the mode unless that is `"full"`."""
+    return method if mode in (None, FULL) else f"{method}, {mode}"
+
+
+_AMOUNTS = (
+    "steps",
+    "warm_up_steps",
+    "images",
+    "forward_images",
+    "backward_images",
+    "seconds",
+    "trained_weights",
+)
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What one run has shown and what it cost.
+
+    Args:
+        method, sparsity, seed: the cell; the sparsity is the one asked for.
+        accuracy: test accuracy without the prompt, in [0, 1].
+        accuracy_prompted: test accuracy with the prompt, in [0, 1]; None where there is none.
+        validation_accuracy: in [0, 1]; None where it was not measured.
+        measured_sparsity: fraction of the prunable weights that were removed.
+        steps: optimizer steps, without those of the warm-up of a new head.
+        warm_up_steps: optimizer steps of that warm-up.
+        images: training images seen.
+        forward_images, backward_images: images that went forward and backward through the backbone, for training and
+            for scoring.
+        seconds: of training and scoring, without evaluation.
+        trained_weights: number of weights trained in the last stage.
+        splits: which split chose what.
+        settings: short digest of everything that must be equal for two results to be comparable.
+        task, mode: of the cell.
+        mask_steps: optimizer steps that found the mask on the source task, without its warm-up; None where the mask
+            was found on the task itself or is a shared one.
+        metrics: the other metrics of the test split without the prompt, by name, as fractions.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    method: str
+    sparsity: float
+    seed: int
+    accuracy: float
+    accuracy_prompted: float | None
+    validation_accuracy: float | None
+    measured_sparsity: float
+    steps: int
+    warm_up_steps: int
+    images: int
+    forward_images: int
+    backward_images: int
+    seconds: float
+    trained_weights: int
+    splits: dict[str, str]
+    settings: str
+    task: str | None = None
+    mode: str | None = None
+    mask_steps: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("sparsity", "measured_sparsity", "accuracy", "accuracy_prompted", "validation_accuracy"):
+            check_range(name, vars(self)[name], 1)
+        for name in _AMOUNTS:
+            check_range(name, vars(self)[name], math.inf)
+
+    @property
+    def cell(self) -> Cell:
+        """Which run this is."""
+        return Cell(self.method, self.sparsity, self.seed, self.task, self.mode)
+
+    @property
+    def row(self) -> str:
+        """Name of its row in tables."""
+        return row_name(self.method, self.mode)
+
+    def to_line(self) -> str:
+        """One line of JSON, without a newline at its end."""
+        return json.dumps(asdict(self), allow_nan=False)
+
+    @classmethod
+    def from_line(cls, line: str) -> CellResult:
+        """The result that [`to_line`] wrote.
+
+        Args:
+            line: one JSON object with all fields.
+
+        Raises:
+            ValueError: the line is none.
+        """
+        try:
+            return cls(**json.loads(line))
+        except TypeError as error:
+            raise ValueError(f"This is no result of a cell: {error}.") from error
+
+
+def check_range(name: str, value: float | None, most: float) -> None:
+    """Raise unless a value is None or lies between 0 and `most`."""
+    if value is not None and not 0 <= value <= most:
+        raise ValueError(f"`{name}` is {value}; expected a number from 0 to {most}.")
+
+
+# Ends a line that a kill cut off, so that it is not taken for a damaged one.
+_CUT_OFF = "# cut off"
+
+
+def read_results(path: str | os.PathLike[str]) -> list[CellResult]:
+    """The results of a file, one JSON line each.
+
+    A line that was cut off by a kill is skipped with a warning: its cell counts as not run. Of two results of one cell
+    with the same settings the first counts.
+
+    Args:
+        path: the file; a missing one holds no results.
+
+    Raises:
+        ValueError: a whole line is no result.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    *lines, rest = path.read_bytes().decode(errors="replace").split("\n")
+    results = []
+    for number, line in enumerate(lines, start=1):
+        if line.endswith(_CUT_OFF):
+            logger.warning("Line %d of %s is cut off and skipped.", number, path)
+            continue
+        try:
+            results.append(CellResult.from_line(line))
+        except ValueError as error:
+            raise ValueError(f"Line {number} of {path} is damaged: {error}") from error
+    if rest:
+        logger.warning("The last line of %s is cut off and skipped.", path)
+    return distinct_results(results)
+
+
+def append_result(path: str | os.PathLike[str], result: CellResult) -> None:
+    """Append one line to the file of results, whole or not at all as far as other processes of this machine can see.
+
+    Args:
+        path: the file; it is made if missing, with the folders it needs.
+        result: what to write.
+
+    Raises:
+        OSError: the line could not be written whole, as on a full disk.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        # The half of a line that another process is writing would look cut off.
+        with FileLock(f"{path}.lock"):
+            line = f"{_end_cut_off_line(file)}{result.to_line()}\n".encode()
+            written = os.write(file, line)
+        if written < len(line):
+            raise OSError(f"A result was cut off while it was written to {path}.")
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _end_cut_off_line(file: int) -> str:
+    """What to write before a new line: nothing, unless the file ends within a line."""
+    if not (size := os.fstat(file).st_size):
+        return ""
+    os.lseek(file, size - 1, os.SEEK_SET)
+    return "" if os.read(file, 1) == b"\n" else f"{_CUT_OFF}\n"
+
+
+def distinct_results(results: Iterable[CellResult]) -> list[CellResult]:
+    """Keep the first result of every cell and setting."""
+    first: dict[tuple[Cell, str], CellResult] = {}
+    for result in results:
+        first.setdefault((result.cell, result.settings), result)
+    return list(first.values())
+
+
+@contextmanager
+def claim(folder: str | os.PathLike[str], cell: Cell) -> Iterator[bool]:
+    """Claim a cell for the length of a `with` block, so that no other process that asks runs it as well.
+
+    The operating system releases the claim of a process that ends in any way. Another process may have finished the
+    cell just before it was claimed, so read the results again once the claim is won.
+
+    Args:
+        folder: where the lock files are, one a cell; it is made if missing.
+        cell: what to run.
+
+    Returns:
+        Whether the claim was won.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = (cell.method, cell.sparsity, cell.seed, cell.task, cell.mode)
+    name = quote("-".join(str(part) for part in parts if part is not None) + ".lock", safe="")
+    lock = FileLock(folder / name, blocking=False)
+    try:
+        lock.acquire()
+        won = True
+    except Timeout:
+        won = False
+    try:
+        yield won
+    finally:
+        lock.release()

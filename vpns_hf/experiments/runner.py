@@ -1,0 +1,176 @@
+"""Runs the cells of a comparison: each one once, by whichever launch claims it, and one line of results a cell."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from ..training.trainer import VPNsTrainer
+from .experiment import Experiment
+from .results import Cell, CellResult, append_result, claim, read_results
+
+# Seconds between two looks at what another launch is working on.
+_PATIENCE = 5.0
+# They describe a cell, a machine or what is printed, not the setting that cells must share.
+_NOT_A_SETTING = (
+    *("method", "sparsity", "seed", "methods", "sparsities", "seeds", "modes", "targets"),
+    *("only_report", "dry_run", "reference", "paper_numbers"),
+    *("output_dir", "run_name", "logging_dir", "token", "cache_dir", "disable_tqdm", "logging_steps", "report_to"),
+    *("cache_images", "check_duplicates", "preprocessing_num_workers"),
+)
+
+
+class CellRunner(ABC):
+    """Base: says which cells are done, claims the others and keeps their lines in `results.jsonl`.
+
+    Args:
+        folder: where lines, claims and unfinished cells are.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.results = folder / "results.jsonl"
+
+    @abstractmethod
+    def settings(self, cell: Cell) -> str:
+        """Digest of what all cells of the cell's task must share (see [`settings_digest`])."""
+
+    @abstractmethod
+    def run_cell(self, cell: Cell) -> CellResult:
+        """Train one cell, in [`~CellRunner.cell_folder`], and measure it."""
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Run the cells that are not there yet and that no other launch is running."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for index, cell in enumerate(cells):
+            with self.turn(cell) as is_ours:
+                if is_ours:
+                    self._finish(self.run_cell(cell), f"[cell {index + 1} of {len(cells)}]")
+
+    @contextmanager
+    def turn(self, cell: Cell) -> Iterator[bool]:
+        """Whether this launch runs the cell: decided by its main process, for all of its processes."""
+        main_process = PartialState().is_main_process
+        with claim(self.folder, cell) if main_process else nullcontext(False) as is_ours:
+            # Every process reads, so that all of them meet an error. Another launch may have finished the cell.
+            is_done = self.is_done(cell)
+            yield broadcast_object_list([is_ours and not is_done])[0]
+
+    def is_done(self, cell: Cell) -> bool:
+        """Whether the cell has its line.
+
+        Raises:
+            ValueError: there are lines of its task that were measured with other settings.
+        """
+        settings = self.settings(cell)
+        lines = [result for result in read_results(self.results) if result.task == cell.task]
+        for result in lines:
+            if result.settings != settings:
+                raise ValueError(
+                    f"{self.results} holds cells of other settings ({result.settings}; these are {settings}); choose "
+                    "another `output_dir`."
+                )
+        return any(result.cell == cell for result in lines)
+
+    def wait(self) -> None:
+        """Let another launch go on with what this one needs."""
+        time.sleep(_PATIENCE)
+
+    def _finish(self, result: CellResult, place: str) -> None:
+        """Keep the line of a cell, and only then drop its folder."""
+        if PartialState().is_main_process:
+            append_result(self.results, result)
+            shutil.rmtree(self.cell_folder(result.cell))
+            print(f"{place} {result.cell}: accuracy {result.accuracy:.2%}, {result.seconds:.0f} s", flush=True)
+
+    def cell_folder(self, cell: Cell) -> Path:
+        """Where the cell keeps its checkpoints until it is done."""
+        # Half a cell of other settings must not be gone on with.
+        parts = (cell.method, f"{cell.sparsity:g}", cell.seed, cell.task, cell.mode, self.settings(cell))
+        name = "-".join(str(part) for part in parts if part is not None)
+        return self.folder / "cells" / name.replace("/", "--").replace(":", "-")
+
+    def train(self, trainer: VPNsTrainer) -> Any:
+        """Run or go on with the stages of a cell and return its validation data."""
+        validation = trainer.eval_dataset
+        if trainer.args.eval_strategy == "no":
+            # Nor after every stage: a method in rounds has many.
+            trainer.eval_dataset = None
+        trainer.train(resume_from_checkpoint=True)
+        return validation
+
+    def measure(
+        self, cell: Cell, trainer: VPNsTrainer, experiment: Experiment, validation: Any, mask_steps: int | None = None
+    ) -> CellResult:
+        """The line of a trained cell; its test split is evaluated here, once."""
+        test = trainer.evaluate(experiment.eval_split("test"), metric_key_prefix="test")
+        stages = trainer.finished_stages
+        costs = [stage.cost for stage in stages]
+        warm_up = sum(stage.steps for stage in stages if stage.name == "warm_up")
+        return CellResult(
+            method=cell.method,
+            sparsity=cell.sparsity,
+            seed=cell.seed,
+            accuracy=test["test_accuracy"],
+            accuracy_prompted=test.get("test_accuracy_prompted"),
+            validation_accuracy=trainer.evaluate(validation)["eval_accuracy"],
+            measured_sparsity=trainer.model.sparsity,
+            steps=sum(stage.steps for stage in stages) - warm_up,
+            warm_up_steps=warm_up,
+            images=sum(cost.images for cost in costs),
+            forward_images=sum(cost.forward_images for cost in costs),
+            backward_images=sum(cost.backward_images for cost in costs),
+            seconds=sum(cost.seconds for cost in costs),
+            trained_weights=costs[-1].trained_weights,
+            splits={
+                "weights, masks, prompt, scores": "train",
+                "checkpoint": "validation" if trainer.args.load_best_model_at_end else "none: the last weights",
+                "accuracy": "test",
+            },
+            settings=self.settings(cell),
+            task=cell.task,
+            mode=cell.mode,
+            mask_steps=mask_steps,
+            metrics={name: test[f"test_{name}"] for name in trainer.args.metrics or () if name != "accuracy"},
+        )
+
+
+def changed_fields(arguments: Any) -> dict[str, Any]:
+    """The fields of a dataclass of arguments that are settings and not at their default."""
+    changed = {
+        entry.name: value
+        for entry in fields(arguments)
+        for value in [getattr(arguments, entry.name)]
+        if entry.init and entry.name not in _NOT_A_SETTING and value != entry.default
+    }
+    # Wherever the files lie.
+    paths = ("model_name_or_path", "dataset_name")
+    return changed | {name: Path(changed[name]).name for name in paths if name in changed}
+
+
+def settings_digest(experiment: Experiment, **further: Any) -> str:
+    """A short name of everything that cells must share: arguments that are not at their default, and the data.
+
+    Args:
+        experiment: backbone, data and arguments of training.
+        further: other settings by name; None is as if it was not there.
+    """
+    settings: dict[str, Any] = {"images": {name: split.num_rows for name, split in experiment.splits.items()}}
+    for group in (experiment.model_args, experiment.data_args, experiment.args):
+        settings |= changed_fields(group)
+    settings |= {name: value for name, value in further.items() if value is not None}
+    if (processes := PartialState().num_processes) > 1:
+        # They share the batch size.
+        settings["processes"] = processes
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]

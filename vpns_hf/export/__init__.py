@@ -1,0 +1,6 @@
+"""Export pruned models as plain transformers and timm folders and as ONNX."""
+
+from .onnx import export_onnx
+from .plain import export_plain, plain_model
+
+__all__ = ["export_onnx", "export_plain", "plain_model"]

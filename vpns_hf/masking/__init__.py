@@ -1,0 +1,45 @@
+"""Masks over weights: find the prunable ones, attach scores, select exactly k, freeze, fold.
+
+A backbone is in one of three states. *Dense*: plain weights. *Search*: each prunable weight is parametrized by
+`MaskedWeight`, which holds learnable scores and the mask. *Frozen*: weights are plain again with the zeros written in,
+each beside a bool buffer `<name>_mask`, and their gradients are masked. Everywhere a weight is known by the name it
+has in the dense backbone.
+"""
+
+from .frozen import (
+    change_frozen_masks,
+    check_masks,
+    freeze,
+    frozen_masks,
+    mask_gradients,
+    unfreeze,
+    zero_masked_weights,
+)
+from .prunable import MASK_SUFFIX, Slot, all_kept, dense_state, prunable_slots, stored_weight
+from .search import MaskedWeight, attach_scores, detach_scores, masked_weights, update_masks
+from .selection import SCOPES, erk_densities, kept_count, select_masks
+
+__all__ = [
+    "MASK_SUFFIX",
+    "SCOPES",
+    "MaskedWeight",
+    "Slot",
+    "all_kept",
+    "attach_scores",
+    "change_frozen_masks",
+    "check_masks",
+    "dense_state",
+    "detach_scores",
+    "erk_densities",
+    "freeze",
+    "frozen_masks",
+    "kept_count",
+    "mask_gradients",
+    "masked_weights",
+    "prunable_slots",
+    "select_masks",
+    "stored_weight",
+    "unfreeze",
+    "update_masks",
+    "zero_masked_weights",
+]

@@ -1,0 +1,102 @@
+"""Find prunable weights and read them in any state of the backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+MASK_SUFFIX = "_mask"
+
+
+class Slot(NamedTuple):
+    """Where a prunable weight lives: `getattr(module, tensor_name)`."""
+
+    module: nn.Module
+    tensor_name: str
+
+
+_MULTIHEAD_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def _weight_names(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+        return ("weight",)
+    if isinstance(module, nn.MultiheadAttention):
+        # The projection of queries, keys and values is a bare parameter here, a linear layer everywhere else.
+        return tuple(name for name in _MULTIHEAD_WEIGHTS if getattr(module, name) is not None)
+    return ()
+
+
+def prunable_slots(
+    backbone: nn.Module, ignore_modules: Iterable[str] = (), skip: Iterable[str] = ()
+) -> dict[str, Slot]:
+    """Weights of linear and convolution layers (never biases, norms, tokens or position embeddings), in module order.
+
+    Args:
+        backbone: a model in any state.
+        ignore_modules: module names, whole (`"vit.layers.0.mlp"`) or their end (`"patch_embed.proj"`), left out with
+            all below them.
+        skip: weight names to leave out.
+
+    Raises:
+        ValueError: an entry of `ignore_modules` names no module, or two modules share one prunable weight.
+    """
+    modules = {name: module for name, module in backbone.named_modules() if "parametrizations" not in name.split(".")}
+    ignored = {name for entry in ignore_modules for name in _matching_modules(entry, modules)}
+    slots, owners = {}, dict[int, str]()
+    for name, module in modules.items():
+        if any(name == entry or name.startswith(f"{entry}.") for entry in ignored):
+            continue
+        for tensor_name in _weight_names(module):
+            full_name, slot = f"{name}.{tensor_name}".lstrip("."), Slot(module, tensor_name)
+            if full_name in set(skip):
+                continue
+            if (owner := owners.setdefault(id(stored_weight(slot)), full_name)) != full_name:
+                raise ValueError(
+                    f"{owner} and {full_name} share one weight, which cannot be masked twice; list one in "
+                    "`ignore_modules`."
+                )
+            slots[full_name] = slot
+    return slots
+
+
+def _matching_modules(entry: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    found = [name for name in modules if name and (name == entry or name.endswith(f".{entry}"))]
+    if not found:
+        raise ValueError(
+            f"`ignore_modules` names {entry!r}, which is no module of the backbone, such as {max(modules, key=len)!r}."
+        )
+    return found
+
+
+def stored_weight(slot: Slot) -> Tensor:
+    """The parameter that stores the weight itself, whether or not it is parametrized."""
+    if parametrize.is_parametrized(slot.module, slot.tensor_name):
+        return parametrizations(slot).original
+    return slot.module.get_parameter(slot.tensor_name)
+
+
+def all_kept(slots: Mapping[str, Slot]) -> dict[str, Tensor]:
+    """A mask for each weight that prunes nothing."""
+    return {name: torch.ones_like(stored_weight(slot), dtype=torch.bool) for name, slot in slots.items()}
+
+
+def parametrizations(slot: Slot) -> parametrize.ParametrizationList:
+    """Return the parametrizations of a masked weight."""
+    by_tensor = cast(nn.ModuleDict, slot.module.parametrizations)
+    return cast(parametrize.ParametrizationList, by_tensor[slot.tensor_name])
+
+
+def dense_state(backbone: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under the names that they have in the dense backbone; scores and masks are left out."""
+    state = {}
+    for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
+        if name.endswith((".0.scores", ".0.mask")) and "parametrizations" in name.split("."):
+            continue
+        state[name.replace("parametrizations.", "").removesuffix(".original")] = tensor
+    masks = {name + MASK_SUFFIX for name in state}
+    return {name: tensor for name, tensor in state.items() if name not in masks}

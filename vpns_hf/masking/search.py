@@ -1,0 +1,137 @@
+"""Parametrize weights by learnable scores and the masks selected from them (search state).
+
+The only module that knows `torch.nn.utils.parametrize`, apart from reading the stored weight in `prunable`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from . import sharding
+from .frozen import overwrite
+from .prunable import Slot, parametrizations, stored_weight
+from .recomputation import can_be_made_again
+from .selection import select
+from .zeros import masked
+
+
+class _StraightThroughMask(torch.autograd.Function):
+    """Forward `weight * mask`, backward as if the mask were the scores (|scores| unless they are signed).
+
+    So dL/dscores = weight * dL/dmasked * sign(scores), for kept and pruned weights alike (HYDRA, arXiv 2002.10509),
+    less the implicit gradient of BiP (arXiv 2210.04092), `implicit * mask * dL/dmasked`, from the weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, signed: bool, implicit: float) -> Tensor:
+        ctx.save_for_backward(weight, scores, mask)
+        ctx.signed, ctx.implicit = signed, implicit
+        return masked(weight, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        weight, scores, mask = ctx.saved_tensors
+        kept_grad = masked(grad, mask) if ctx.needs_input_grad[0] or ctx.implicit else None
+        score_grad = None
+        if ctx.needs_input_grad[1]:
+            response = weight if kept_grad is None or not ctx.implicit else weight - ctx.implicit * kept_grad
+            # In place, because fresh memory costs more than the products.
+            score_grad = grad.to(scores.dtype, copy=True) if ctx.signed else scores.sign().mul_(grad)
+            score_grad.mul_(response)
+        return kept_grad if ctx.needs_input_grad[0] else None, score_grad, None, None, None
+
+
+class MaskedWeight(nn.Module):
+    """Parametrization of one weight by a mask, with the scores that the mask is selected from.
+
+    Args:
+        scores: float32 tensor of the weight's shape; becomes a parameter.
+        signed: rank the scores themselves, not their absolute values.
+
+    Attributes:
+        implicit_gradient: BiP's 1 / gamma, the weight of the implicit gradient in the gradient of the scores.
+    """
+
+    def __init__(self, scores: Tensor, signed: bool = False):
+        super().__init__()
+        self.scores = nn.Parameter(scores)
+        self.mask: Tensor
+        self.register_buffer("mask", torch.ones_like(scores, dtype=torch.bool))
+        self.signed = signed
+        self.implicit_gradient = 0.0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight with zeros where the mask is False."""
+        # FSDP2 gathers parameters for the forward of their block, but no buffers.
+        mask = sharding.arranged_like(self.mask, weight)
+        result = _StraightThroughMask.apply(weight, self.scores, mask, self.signed, self.implicit_gradient)
+        can_be_made_again(result, masked, weight, mask)
+        return result
+
+
+def initial_scores(weight: Tensor) -> Tensor:
+    """HYDRA's scaled initialisation (arXiv 2002.10509), `sqrt(6 / fan_in) * weight / max|weight|`, in float32.
+
+    Args:
+        weight: [out, in, ...]; fan_in is the product of all but the first dimension.
+    """
+    weight = weight.detach().float()
+    fan_in = math.prod(weight.shape[1:])
+    return math.sqrt(6 / fan_in) * weight / weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def attach_scores(slots: Mapping[str, Slot], signed: bool = False) -> None:
+    """Dense to search: parametrize every weight with [`MaskedWeight`], all weights kept until a mask is selected.
+
+    Scores start at [`initial_scores`]; signed ones at zero (movement pruning, arXiv 2005.07683).
+    """
+    for slot in slots.values():
+        scores = initial_scores(stored_weight(slot))
+        masked = MaskedWeight(torch.zeros_like(scores) if signed else scores, signed)
+        parametrize.register_parametrization(slot.module, slot.tensor_name, masked, unsafe=True)
+
+
+def detach_scores(slots: Mapping[str, Slot]) -> None:
+    """Search to dense: drop scores and masks and restore the weights as they are stored."""
+    # Backwards, so that several weights of one module end in their own order.
+    for slot in reversed(list(slots.values())):
+        _unshare_class(slot.module)
+        parametrize.remove_parametrizations(slot.module, slot.tensor_name, leave_parametrized=False)
+        _move_to_front(slot.module._parameters, slot.tensor_name)
+
+
+def _unshare_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    torch makes the weight a property of a class made for the module, but copies of the module share that class, so
+    that dropping the property from a copy would drop it from the original, too.
+    """
+    shared = type(module)
+    members = {name: member for name, member in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, members)
+
+
+def _move_to_front(parameters: dict[str, Any], name: str) -> None:
+    """Undo that torch puts a weight that was parametrized behind the bias: optimizers go by the order."""
+    for other in [other for other in parameters if other != name]:
+        parameters[other] = parameters.pop(other)
+
+
+def masked_weights(slots: Mapping[str, Slot]) -> dict[str, MaskedWeight]:
+    """The parametrization of each weight, by weight name; search state only."""
+    return {name: cast(MaskedWeight, parametrizations(slot)[0]) for name, slot in slots.items()}
+
+
+@torch.no_grad()
+def update_masks(slots: Mapping[str, Slot], sparsity: float, scope: str) -> int:
+    """Select the masks anew from the scores and return how many entries changed."""
+    masked = masked_weights(slots)
+    signed = any(part.signed for part in masked.values())
+    selected = select({name: part.scores for name, part in masked.items()}, sparsity, scope, magnitude=not signed)
+    return overwrite({name: part.mask for name, part in masked.items()}, selected)

@@ -1,0 +1,129 @@
+"""Select exactly k weights by score: globally, per layer, per row or by ERK densities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from . import sharding
+from .sharded_topk import RankedGroup, refuse_nan, select_on_shards
+from .topk import NAN_SCORES, keep_largest
+
+
+def kept_count(total: int, sparsity: float) -> int:
+    """Number of weights kept out of `total`: `round((1 - sparsity) * total)`, half to even.
+
+    Raises:
+        ValueError: `sparsity` is not in [0, 1].
+    """
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"`sparsity` is {sparsity}; expected a fraction in [0, 1), such as 0.9 for 90 %.")
+    return round((1 - sparsity) * total)
+
+
+def erk_densities(shapes: Mapping[str, torch.Size], sparsity: float) -> dict[str, float]:
+    """Erdos-Renyi-kernel density of each tensor (RigL, arXiv 1911.11134): proportional to `sum(shape) / prod(shape)`.
+
+    Tensors that would need a density above 1 are made dense, the largest ratio first, and the rest is rescaled so that
+    the total stays `(1 - sparsity) * N`.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    ratios = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
+    budget, dense = (1 - sparsity) * sum(sizes.values()), set[str]()
+    while len(dense) < len(sizes):
+        rest = [name for name in sizes if name not in dense]
+        scale = (budget - sum(sizes[name] for name in dense)) / sum(ratios[name] * sizes[name] for name in rest)
+        largest = max(ratios[name] for name in rest)
+        if scale * largest <= 1:
+            return {name: 1.0 if name in dense else scale * ratios[name] for name in sizes}
+        dense |= {name for name in rest if ratios[name] == largest}
+    return dict.fromkeys(sizes, 1.0)
+
+
+def _layer_counts(shapes: Mapping[str, torch.Size], sparsity: float) -> dict[str, int]:
+    return {name: kept_count(math.prod(shape), sparsity) for name, shape in shapes.items()}
+
+
+def _erk_counts(shapes: Mapping[str, torch.Size], sparsity: float) -> dict[str, int]:
+    ideal = {name: density * math.prod(shapes[name]) for name, density in erk_densities(shapes, sparsity).items()}
+    counts = {name: math.floor(value) for name, value in ideal.items()}
+    missing = kept_count(sum(math.prod(shape) for shape in shapes.values()), sparsity) - sum(counts.values())
+    by_remainder = sorted(ideal, key=lambda name: counts[name] - ideal[name])
+    return counts | {name: counts[name] + 1 for name in by_remainder[:missing]}
+
+
+_COUNTS = {"layer": _layer_counts, "erk": _erk_counts}
+SCOPES = ("global", *_COUNTS, "row")
+
+
+def _keep_largest_in_rows(score: Tensor, sparsity: float) -> Tensor:
+    """Bool tensor that is True at the largest entries of each row of [rows, ...]; ties go to the lower index."""
+    rows = score.flatten(1)
+    if rows.isnan().any():
+        raise ValueError(NAN_SCORES)
+    kept = rows.sort(dim=1, descending=True, stable=True).indices[:, : kept_count(rows.shape[1], sparsity)]
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, kept, True).view(score.shape)
+
+
+@torch.no_grad()
+def select_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str = "global") -> dict[str, Tensor]:
+    """Keep exactly the largest scores.
+
+    Args:
+        scores: one tensor of any shape, dtype and memory format per weight; larger = keep (no absolute value is
+            taken). Sharded ones (FSDP2) are ranked where they are, without gathering them; all processes call this
+            together.
+        sparsity: fraction to remove, in [0, 1]; `round((1 - sparsity) * N)` weights are kept.
+        scope: `"global"` ranks all tensors together; `"layer"` keeps that count in each tensor; `"erk"` keeps the
+            global count, spread over tensors by [`erk_densities`] and rounded by largest remainder; `"row"` keeps
+            `round((1 - sparsity) * row)` in each output row, which is the first dimension with all others flattened.
+
+    Returns:
+        One contiguous bool tensor per score, sharded as it is, True where the weight is kept. Ties are broken by the
+        order of the dictionary, then by row-major index.
+
+    Raises:
+        ValueError: sparsity outside [0, 1], unknown scope, no scores, or NaN among them.
+    """
+    return select(scores, sparsity, scope, magnitude=False)
+
+
+def select(scores: Mapping[str, Tensor], sparsity: float, scope: str, magnitude: bool) -> dict[str, Tensor]:
+    """Select masks by score, or by absolute score where `magnitude` is True; see [`select_masks`]."""
+    if not scores:
+        raise ValueError("No scores were given, so there is nothing to select.")
+    if scope not in SCOPES:
+        raise ValueError(f"`scope` is {scope!r}; expected one of {', '.join(SCOPES)}.")
+    if sharding.is_sharded(scores.values()) or scope == "row":
+        ranked = {name: score.abs() if magnitude else score for name, score in scores.items()}
+        if sharding.is_sharded(scores.values()):
+            return _select_sharded_masks(ranked, sparsity, scope)
+        return {name: _keep_largest_in_rows(score, sparsity) for name, score in ranked.items()}
+    if scope == "global":
+        count = kept_count(sum(score.numel() for score in scores.values()), sparsity)
+        return dict(zip(scores, keep_largest(list(scores.values()), count, magnitude), strict=True))
+    counts = _COUNTS[scope]({name: score.shape for name, score in scores.items()}, sparsity)
+    return {name: keep_largest([score], counts[name], magnitude)[0] for name, score in scores.items()}
+
+
+def _select_sharded_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str) -> dict[str, Tensor]:
+    shards = sharding.shards_of(scores.values())
+    parts = {name: sharding.local(score) for name, score in scores.items()}
+    if scope == "row":
+        # Every row is whole on one process.
+        refuse_nan(parts.values(), shards)
+        selected = {name: _keep_largest_in_rows(part, sparsity) for name, part in parts.items()}
+    else:
+        selected = select_on_shards(parts, _ranked_groups(scores, sparsity, scope), shards)
+    return {name: sharding.join_like(mask, scores[name]) for name, mask in selected.items()}
+
+
+def _ranked_groups(scores: Mapping[str, Tensor], sparsity: float, scope: str) -> list[RankedGroup]:
+    if scope == "global":
+        total = sum(score.numel() for score in scores.values())
+        return [RankedGroup(list(scores), kept_count(total, sparsity))]
+    counts = _COUNTS[scope]({name: score.shape for name, score in scores.items()}, sparsity)
+    return [RankedGroup([name], counts[name]) for name in scores]

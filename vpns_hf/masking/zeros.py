@@ -1,0 +1,41 @@
+"""Write zeros into tensors where a mask is False."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import sharding
+
+# On a CPU the bits of a number are multiplied by those of its mask, which is 0 or 1: `torch.where` and `masked_fill_`
+# give the same but are not vectorized and take several times as long.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def masked(tensor: Tensor, mask: Tensor) -> Tensor:
+    """The tensor with zeros where the bool tensor of its shape is False, infinities and NaN included."""
+    if not _has_plain_bits(tensor) or sharding.is_sharded([mask]):
+        return torch.where(mask, tensor, 0)
+    bits = tensor.view(_INTEGERS[tensor.element_size()])
+    return torch.empty_like(bits).copy_(mask.view(torch.uint8)).mul_(bits).view(tensor.dtype)
+
+
+def _has_plain_bits(tensor: Tensor) -> bool:
+    """Whether the tensor lies on a CPU, and nothing follows what is done with it."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        # Integers have no gradient, which second derivatives need here.
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+        # Those of vmap, which vectorized Jacobians take, have no memory of their own.
+        and torch._C._has_storage(tensor)
+    )
+
+
+def write_zeros(tensor: Tensor, mask: Tensor) -> None:
+    """Write zeros into a tensor where the bool tensor of its shape is False."""
+    if tensor.device.type != "cpu":
+        tensor.masked_fill_(~mask, 0)
+    else:
+        tensor.view(_INTEGERS[tensor.element_size()]).mul_(mask.view(torch.uint8))

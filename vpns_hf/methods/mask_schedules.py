@@ -1,0 +1,306 @@
+"""What a mask does while a stage trains: stay fixed, follow learned scores, or move on a schedule.
+
+Schedules are pure functions of the optimizer step, so that resuming needs no state of theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..masking.prunable import all_kept
+from ..masking.selection import select_masks
+from ..masking.topk import keep_largest
+from ..model.modeling import PromptedSparseModel
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a stage stands.
+
+    Args:
+        step: optimizer steps done, the present one included.
+        total: optimizer steps of the stage.
+        sparsity: the sparsity that the stage ends with.
+    """
+
+    step: int
+    total: int
+    sparsity: float
+
+    @property
+    def progress(self) -> float:
+        """The share of the stage that is done, in [0, 1]."""
+        return self.step / self.total
+
+    def before(self) -> Moment:
+        """One step earlier."""
+        return Moment(self.step - 1, self.total, self.sparsity)
+
+
+class MaskSchedule:
+    """Base: the mask stays as it is."""
+
+    # Whether the mask changes by gradients of pruned weights.
+    uses_dense_gradients = False
+    # Whether the mask changes while weights train, so that optimizer state must be dropped with it.
+    changes_frozen_masks = False
+
+    def begin_search(self, model: PromptedSparseModel, sparsity: float) -> None:
+        """Select the mask that a stage in the search state starts with; `sparsity` is what it ends with."""
+        model.set_sparsity(sparsity)
+
+    def begin_frozen(self, model: PromptedSparseModel) -> None:
+        """Freeze the mask that a stage in the frozen state starts with: the one there is."""
+        if model.config.state == "search":
+            model.freeze_masks()
+        elif model.config.state == "dense":
+            keep_all(model)
+
+    def is_final(self, moment: Moment) -> bool:
+        """Whether the sparsity is that of the end of the stage, so that a model may be chosen as the best."""
+        return True
+
+    def kept_state(self, model: PromptedSparseModel) -> Mapping[str, Tensor]:
+        """Where optimizers keep momentum and the like after the mask has changed, True = kept."""
+        return model.masks()
+
+    def needs_dense_gradients(self, moment: Moment) -> bool:
+        """Whether this step changes the mask by gradients of pruned weights, in place of training."""
+        return False
+
+    def advance(
+        self, model: PromptedSparseModel, moment: Moment, gradients: Mapping[str, Tensor] | None = None
+    ) -> int:
+        """Change the mask after an optimizer step and return how many entries changed.
+
+        Args:
+            gradients: of the prunable weights, pruned ones included, where `needs_dense_gradients` asked for them.
+        """
+        if model.config.state == "frozen":
+            model.zero_masked_weights()
+        return 0
+
+
+@dataclass(frozen=True)
+class GradualSparsity:
+    """Sparsity that rises from 0 along a cubic curve (Zhu and Gupta, arXiv 1710.01878).
+
+    Args:
+        start, end: the shares of the stage between which it rises.
+        updates: in how many equal steps of time.
+    """
+
+    start: float = 0.0
+    end: float = 0.75
+    updates: int = 30
+
+    def level(self, moment: Moment) -> int:
+        """How many updates are due by now."""
+        share = (moment.progress - self.start) / (self.end - self.start)
+        # A step that lies on the border of an update must not miss it by a rounding error.
+        return math.floor(min(max(share, 0.0), 1.0) * self.updates + 1e-9)
+
+    def is_final(self, moment: Moment) -> bool:
+        """Whether the last update is done."""
+        return self.level(moment) == self.updates
+
+    def sparsity(self, moment: Moment) -> float:
+        """The sparsity after this step."""
+        return cubic_sparsity(self.level(moment) / self.updates, 0.0, moment.sparsity)
+
+
+@dataclass(frozen=True)
+class LearnedMasks(MaskSchedule):
+    """The largest scores are kept, selected anew after every optimizer step (search state).
+
+    Args:
+        gradual: how the sparsity rises (movement pruning); None: it is the final one from the start.
+    """
+
+    gradual: GradualSparsity | None = None
+
+    def begin_search(self, model: PromptedSparseModel, sparsity: float) -> None:
+        """Select the first mask."""
+        model.set_sparsity(sparsity if self.gradual is None else 0.0)
+
+    def is_final(self, moment: Moment) -> bool:
+        """Whether the sparsity has stopped rising."""
+        return self.gradual is None or self.gradual.is_final(moment)
+
+    def advance(
+        self, model: PromptedSparseModel, moment: Moment, gradients: Mapping[str, Tensor] | None = None
+    ) -> int:
+        """Select the mask from the scores."""
+        if self.gradual is not None:
+            model.config.sparsity = self.gradual.sparsity(moment)
+        return model.update_masks()
+
+
+@dataclass(frozen=True)
+class GradualMagnitude(MaskSchedule):
+    """Gradual magnitude pruning (arXiv 1710.01878): the smallest weights go, more and more of them.
+
+    Pruned weights are zero and get no gradient, so that they never come back.
+
+    Args:
+        gradual: how the sparsity rises.
+    """
+
+    gradual: GradualSparsity = GradualSparsity()
+
+    changes_frozen_masks = True
+
+    def begin_frozen(self, model: PromptedSparseModel) -> None:
+        """Keep every weight."""
+        keep_all(model)
+
+    def is_final(self, moment: Moment) -> bool:
+        """Whether the last update is done."""
+        return self.gradual.is_final(moment)
+
+    def advance(
+        self, model: PromptedSparseModel, moment: Moment, gradients: Mapping[str, Tensor] | None = None
+    ) -> int:
+        """Prune where an update is due."""
+        model.zero_masked_weights()
+        if self.gradual.level(moment) == self.gradual.level(moment.before()):
+            return 0
+        return model.apply_masks(largest_weights(model, self.gradual.sparsity(moment)))
+
+
+@dataclass(frozen=True)
+class AlternatingCompression(MaskSchedule):
+    """AC/DC (arXiv 2106.12379): dense and compressed phases in turn; compressing keeps the largest weights.
+
+    Weights that were pruned start at zero in the next dense phase, and all weights without momentum. The authors' 100
+    epochs have 10 of dense warm-up, phases of 5, and at the end 10 dense and 15 compressed ones, which are the
+    defaults here as shares of the stage.
+
+    Args:
+        warm_up: share of the stage that is dense at the start.
+        phase: share of every phase after it; compressed first.
+        last_dense: share of the last dense phase.
+        final: share of the last phase, which is compressed.
+    """
+
+    warm_up: float = 0.1
+    phase: float = 0.05
+    last_dense: float = 0.1
+    final: float = 0.15
+
+    changes_frozen_masks = True
+
+    def begin_frozen(self, model: PromptedSparseModel) -> None:
+        """Keep every weight."""
+        keep_all(model)
+
+    def is_final(self, moment: Moment) -> bool:
+        """Whether the last compressed phase has begun."""
+        return moment.progress >= 1 - self.final
+
+    def kept_state(self, model: PromptedSparseModel) -> Mapping[str, Tensor]:
+        """Nothing where a dense phase begins, and that of the kept weights where a compressed one does."""
+        masks = model.masks()
+        return {name: torch.zeros_like(mask) for name, mask in masks.items()} if model.sparsity == 0 else masks
+
+    def compressed(self, moment: Moment) -> bool:
+        """Whether the step that follows is one of a compressed phase."""
+        if self.is_final(moment):
+            return True
+        if moment.progress < self.warm_up or moment.progress >= 1 - self.final - self.last_dense - 1e-9:
+            return False
+        return math.floor((moment.progress - self.warm_up) / self.phase + 1e-9) % 2 == 0
+
+    def advance(
+        self, model: PromptedSparseModel, moment: Moment, gradients: Mapping[str, Tensor] | None = None
+    ) -> int:
+        """Compress or open the mask where a phase begins."""
+        model.zero_masked_weights()
+        was, is_now = self.compressed(moment.before()), self.compressed(moment)
+        if was == is_now:
+            return 0
+        return model.apply_masks(largest_weights(model, moment.sparsity)) if is_now else keep_all(model)
+
+
+@dataclass(frozen=True)
+class RigL(MaskSchedule):
+    """RigL (arXiv 1911.11134): in every layer the smallest weights are dropped, those of the largest gradient grown.
+
+    An update takes the place of an optimizer step. Grown weights start at zero; the number kept in each layer never
+    changes.
+
+    Args:
+        fraction: of the kept weights that are dropped at the start; falls to zero along a cosine.
+        end: share of the stage after which the mask stays.
+        updates: how many times the mask changes.
+    """
+
+    fraction: float = 0.3
+    end: float = 0.75
+    updates: int = 15
+
+    uses_dense_gradients = True
+    changes_frozen_masks = True
+
+    def needs_dense_gradients(self, moment: Moment) -> bool:
+        """Whether an update is due."""
+        return self._level(moment) != self._level(moment.before()) and self._level(moment) <= self.updates
+
+    def _level(self, moment: Moment) -> int:
+        return math.floor(moment.progress / self.end * (self.updates + 1) + 1e-9)
+
+    def advance(
+        self, model: PromptedSparseModel, moment: Moment, gradients: Mapping[str, Tensor] | None = None
+    ) -> int:
+        """Drop and grow."""
+        if gradients is None:
+            return super().advance(model, moment)
+        fraction = self.fraction / 2 * (1 + math.cos(math.pi * moment.progress / self.end))
+        weights, masks = model.prunable_weights(), model.masks()
+        return model.apply_masks(
+            {name: drop_and_grow(weights[name], mask, gradients[name], fraction) for name, mask in masks.items()}
+        )
+
+
+@torch.no_grad()
+def drop_and_grow(weight: Tensor, mask: Tensor, gradient: Tensor, fraction: float) -> Tensor:
+    """RigL's update of one mask.
+
+    Args:
+        weight, mask, gradient: of one shape; the gradient covers pruned weights.
+        fraction: of the kept weights that are dropped, the smallest first, and grown elsewhere, the largest gradient
+            first. A weight just dropped may be grown at once.
+
+    Returns:
+        A mask that keeps as many weights; ties go to the lower index.
+    """
+    kept = int(mask.sum())
+    dropped = int(fraction * kept)
+    (survivors,) = keep_largest([weight.abs().masked_fill(~mask, -math.inf)], kept - dropped)
+    (grown,) = keep_largest([gradient.abs().masked_fill(survivors, -math.inf)], dropped)
+    return survivors | grown
+
+
+def keep_all(model: PromptedSparseModel) -> int:
+    """Freeze the model with nothing pruned; returns how many mask entries changed."""
+    return model.apply_masks(all_kept(model.slots()))
+
+
+def largest_weights(model: PromptedSparseModel, sparsity: float) -> dict[str, Tensor]:
+    """Masks that keep the largest |weights| by the model's scope."""
+    magnitudes = {name: weight.detach().abs() for name, weight in model.prunable_weights().items()}
+    return select_masks(magnitudes, sparsity, model.config.scope)
+
+
+def cubic_sparsity(progress: float, initial: float, final: float) -> float:
+    """Sparsity after a share of gradual pruning, `final + (initial - final) * (1 - progress)^3` (arXiv 1710.01878).
+
+    Args:
+        progress: in [0, 1].
+    """
+    return final + (initial - final) * (1 - progress) ** 3

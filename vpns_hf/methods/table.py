@@ -1,0 +1,307 @@
+"""Table of pruning methods; a new method is one entry in `METHODS`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from .mask_schedules import AlternatingCompression, GradualMagnitude, GradualSparsity, LearnedMasks, MaskSchedule, RigL
+from .preparations import Preparation, RecalibrateBatchNorm, Reconstruct, Rewind, Select
+from .stage import Method, RoleSettings, Rounds, Stage
+
+SCORES = frozenset({"scores", "head"})
+WEIGHTS = frozenset({"weights", "head"})
+PROMPT = frozenset({"prompt"})
+# Scores learned or measured under a random head mean nothing, so a new head is trained first, on the dense backbone.
+WARM_UP = Stage("warm_up", frozenset({"head"}), "search", "warm_up", sparsity=0.0, only_new_head=True)
+SEARCH = Stage("search", SCORES, "search", "search", masks=LearnedMasks())
+TUNE = Stage("tune", WEIGHTS, "frozen", "tune")
+PROMPTED_SEARCH = replace(SEARCH, roles=SCORES | PROMPT, batches="prompted")
+PROMPTED_TUNE = replace(TUNE, roles=WEIGHTS | PROMPT, batches="prompted")
+PROMPT_ALONE = Stage("prompt", PROMPT, "frozen", "tune", batches="prompted", eval_backbone=True)
+# The head of a model that is pruned already, on the backbone as it is.
+PRUNED_WARM_UP = replace(WARM_UP, state="frozen", sparsity=None)
+
+
+def prune_and_tune(*before: Preparation) -> tuple[Stage, ...]:
+    """Select a mask once, then tune the weights that are left."""
+    return WARM_UP, replace(TUNE, before=before)
+
+
+def prune_only(*before: Preparation) -> tuple[Stage, ...]:
+    """Select a mask once and train nothing but a new head, before it."""
+    return WARM_UP, Stage("prune", frozenset(), "frozen", "tune", before)
+
+
+def _vpns(**changes: Any) -> tuple[Stage, ...]:
+    """The loop of VPNs with both stages changed in the same way."""
+    return WARM_UP, replace(PROMPTED_SEARCH, **changes), replace(PROMPTED_TUNE, **changes)
+
+
+def _hydra(**changes: Any) -> tuple[Stage, ...]:
+    """The loop of HYDRA with both stages changed in the same way."""
+    return WARM_UP, replace(SEARCH, **changes), replace(TUNE, **changes)
+
+
+MAGNITUDE = Select("magnitude", needs_data=False)
+METHODS: dict[str, Method] = {
+    "dense": Method(
+        "Reference: all weights are tuned on the batches of VPNs without its prompt, nothing is pruned.",
+        (WARM_UP, replace(TUNE, state="dense", batches="mixed")),
+    ),
+    # Learned masks
+    "vpns": Method(
+        "Learn masks and a visual prompt together, then tune weights and prompt (arXiv 2312.01397).",
+        _vpns(),
+        uses_prompt=True,
+    ),
+    "hydra": Method(
+        "Learn masks alone with the optimizer of VPNs, then tune the weights (arXiv 2002.10509).",
+        _hydra(),
+    ),
+    "hydra_sgd": Method(
+        "HYDRA with the optimizer it was published with: scores by SGD at 0.1 (arXiv 2002.10509).",
+        (WARM_UP, replace(SEARCH, settings={"scores": RoleSettings("sgd", 0.1, "cosine")}), TUNE),
+    ),
+    "hydra_augmented": Method(
+        "Control: HYDRA on augmented batches alone, as it was published.",
+        _hydra(batches="augmented"),
+        is_control=True,
+    ),
+    "bip": Method(
+        "Bi-level pruning: weights and scores are stepped in turn, scores with the implicit gradient (arXiv "
+        "2210.04092).",
+        (
+            WARM_UP,
+            replace(
+                SEARCH,
+                roles=SCORES | WEIGHTS,
+                length="tune",
+                # Twice each, so that both meet unaugmented and augmented batches where these alternate.
+                turns=(WEIGHTS, WEIGHTS, frozenset({"scores"}), frozenset({"scores"})),
+                implicit_gradient=1e-4,
+            ),
+        ),
+    ),
+    "movement": Method(
+        "Movement pruning: scores gather -weight * gradient while weights train, sparsity rises (arXiv 2005.07683).",
+        (
+            WARM_UP,
+            replace(
+                SEARCH,
+                roles=SCORES | WEIGHTS,
+                length="tune",
+                signed_scores=True,
+                scope="layer",
+                masks=LearnedMasks(GradualSparsity(start=0.1)),
+            ),
+        ),
+    ),
+    # Magnitude
+    "omp": Method(
+        "One-shot magnitude pruning of the pretrained weights, ranked by the model's scope, then tuning.",
+        prune_and_tune(MAGNITUDE),
+    ),
+    "omp_layer": Method(
+        "One-shot magnitude pruning with the same sparsity in every layer, then tuning.",
+        prune_and_tune(replace(MAGNITUDE, scope="layer")),
+    ),
+    "lamp": Method(
+        "One-shot pruning by layer-adaptive magnitude, ranked globally, then tuning (arXiv 2010.07611).",
+        prune_and_tune(Select("lamp", scope="global", needs_data=False)),
+    ),
+    "omp_tuned": Method(
+        "Magnitude of weights tuned densely first; the mask is put on the pretrained weights, then tuned, as in the "
+        "paper's comparison.",
+        (
+            WARM_UP,
+            replace(TUNE, name="dense", state="dense", length="search"),
+            replace(TUNE, before=(MAGNITUDE, Rewind())),
+        ),
+    ),
+    "imp": Method(
+        "Iterative magnitude pruning: at most 20 % of the weights a round, rewound to the pretrained ones (arXiv "
+        "1803.03635, 2012.06908).",
+        (
+            WARM_UP,
+            Rounds(replace(TUNE, name="round", length="search", before=(MAGNITUDE, Rewind()))),
+            replace(TUNE, before=(MAGNITUDE, Rewind())),
+        ),
+    ),
+    "imp_lr_rewinding": Method(
+        "Iterative magnitude pruning that goes on with the trained weights and restarts the learning rate (arXiv "
+        "2003.02389).",
+        (
+            WARM_UP,
+            Rounds(replace(TUNE, name="round", length="search", before=(MAGNITUDE,))),
+            replace(TUNE, before=(MAGNITUDE,)),
+        ),
+    ),
+    "gmp": Method(
+        "Gradual magnitude pruning while the weights train, along a cubic curve (arXiv 1710.01878).",
+        (WARM_UP, replace(TUNE, masks=GradualMagnitude())),
+    ),
+    "acdc": Method(
+        "AC/DC: dense and compressed phases in turn (arXiv 2106.12379).",
+        (WARM_UP, replace(TUNE, masks=AlternatingCompression())),
+    ),
+    "rigl": Method(
+        "RigL from the magnitude mask: smallest weights dropped, largest gradients grown (arXiv 1911.11134).",
+        (WARM_UP, replace(TUNE, before=(MAGNITUDE,), masks=RigL())),
+    ),
+    # One-shot scores
+    "snip": Method(
+        "One-shot pruning by |weight * gradient| of the task's loss, then tuning (arXiv 1810.02340).",
+        prune_and_tune(Select("snip")),
+    ),
+    "grasp": Method(
+        "One-shot pruning that keeps the gradient flow, weight * Hessian-gradient product, then tuning (arXiv "
+        "2002.07376).",
+        prune_and_tune(Select("grasp")),
+    ),
+    "synflow": Method(
+        "Synaptic flow in 100 rounds, without data, then tuning (arXiv 2006.05467).",
+        prune_and_tune(Select("synflow", rounds=100)),
+    ),
+    "random": Method(
+        "Random masks with the same sparsity in every layer, then tuning.",
+        prune_and_tune(Select("random", scope="layer", needs_data=False, seeded=True)),
+    ),
+    "random_erk": Method(
+        "Random masks with Erdos-Renyi-kernel densities, then tuning (arXiv 1911.11134).",
+        prune_and_tune(Select("random", scope="erk", needs_data=False, seeded=True)),
+    ),
+    # Calibration only
+    "wanda": Method(
+        "|weight| times the norm of its input, compared within each output, no training (arXiv 2306.11695).",
+        prune_only(Select("wanda", scope="row"), RecalibrateBatchNorm()),
+    ),
+    "sparsegpt": Method(
+        "Layer by layer, the kept weights corrected for the pruned ones, no training (arXiv 2301.00774).",
+        prune_only(Reconstruct(), RecalibrateBatchNorm()),
+    ),
+    # Under a mask that is there already, on a task that is new to the model
+    "tune": Method(
+        "Tune the kept weights under the mask as it is, after a new head.",
+        (PRUNED_WARM_UP, TUNE),
+        needs_pruned=True,
+    ),
+    "linear_probe": Method(
+        "Train a new head alone on the backbone as it is pruned; BatchNorm statistics stay.",
+        (Stage("probe", frozenset({"head"}), "frozen", "tune", eval_backbone=True),),
+        backbone={"new_head": True},
+        needs_pruned=True,
+    ),
+    "prompt_only_new_head": Method(
+        "Train a new head, then a prompt alone, on the model as it is pruned; BatchNorm statistics stay.",
+        (replace(PRUNED_WARM_UP, eval_backbone=True), PROMPT_ALONE),
+        uses_prompt=True,
+        needs_pruned=True,
+    ),
+    # Controls
+    "vpns_zero_prompt": Method(
+        "Control: the loop of VPNs with the prompt held at zero, that is, without it.",
+        _hydra(batches="mixed"),
+        is_control=True,
+    ),
+    "vpns_noise_prompt": Method(
+        "Control: the loop of VPNs with noise in place of the learned prompt, on the same pixels.",
+        _hydra(batches="prompted", prompt_noise=True),
+        uses_prompt=True,
+        is_control=True,
+    ),
+    "vpns_augmented_prompt": Method(
+        "Control: VPNs with prompted batches augmented, like plain ones.",
+        _vpns(augment_prompted=True),
+        uses_prompt=True,
+        is_control=True,
+    ),
+    "vpns_sliced_head": Method(
+        "VPNs with the pretrained head, of which the rows of the mapped classes are kept.",
+        _vpns(),
+        uses_prompt=True,
+        backbone={"label_mapping": "frequency", "keep_source_head": False},
+        is_control=True,
+    ),
+    "vpns_source_head": Method(
+        "Control: VPNs with the whole pretrained head, of which the mapped classes are read, as in the released code.",
+        _vpns(),
+        uses_prompt=True,
+        backbone={"label_mapping": "frequency", "keep_source_head": True},
+        is_control=True,
+    ),
+    "prompt_only": Method(
+        "Train a prompt alone on the model as it is pruned; BatchNorm statistics stay.",
+        (PROMPT_ALONE,),
+        uses_prompt=True,
+        needs_pruned=True,
+        is_control=True,
+    ),
+    "prompt_only_recalibrated": Method(
+        "Train a prompt alone on the model as it is pruned, after recalibrating BatchNorm statistics.",
+        (replace(PROMPT_ALONE, before=(RecalibrateBatchNorm(),)),),
+        uses_prompt=True,
+        needs_pruned=True,
+        is_control=True,
+    ),
+    "recalibrate_only": Method(
+        "Control: recalibrate BatchNorm statistics of the model as it is pruned, and train nothing.",
+        (Stage("recalibrate", frozenset(), "frozen", "tune", (RecalibrateBatchNorm(),)),),
+        needs_pruned=True,
+        is_control=True,
+    ),
+}
+WITH_PROMPT = "+prompt"
+MASK_ALONE = ":mask"
+
+
+def get_method(name: str) -> Method:
+    """The method of that name; `"<name>+prompt"` is the same method with a prompt in its last stage, `"<name>:mask"`
+    the part of it that finds the mask.
+
+    Raises:
+        ValueError: there is none, or it has a prompt already, or trains nothing in its last stage, or finds no mask.
+    """
+    if name.endswith(MASK_ALONE):
+        return _mask_alone(name.removesuffix(MASK_ALONE))
+    base = name.removesuffix(WITH_PROMPT)
+    if base not in METHODS:
+        raise ValueError(
+            f"`method` is {name!r}; expected one of {', '.join(METHODS)}, or one of them + '{WITH_PROMPT}'."
+        )
+    return METHODS[base] if base == name else _with_prompt(base)
+
+
+def _with_prompt(name: str) -> Method:
+    """The paper's "VP added to other pruners": weights and prompt train together once the mask is found."""
+    method = METHODS[name]
+    *first, last = method.stages
+    if method.uses_prompt or isinstance(last, Rounds) or "weights" not in last.roles or last.batches == "augmented":
+        raise ValueError(
+            f"`method` is '{name}{WITH_PROMPT}', but "
+            + (f"{name} has a prompt already." if method.uses_prompt else f"the last stage of {name} takes none.")
+        )
+    # Where roles take turns, the prompt belongs to the scores.
+    turns = tuple(turn | PROMPT if "scores" in turn else turn for turn in last.turns)
+    last = replace(last, roles=last.roles | PROMPT, batches="prompted", turns=turns)
+    return replace(
+        method,
+        description=f"{method.description.removesuffix('.')}, with a prompt trained in the last stage.",
+        stages=(*first, last),
+        uses_prompt=True,
+    )
+
+
+def _mask_alone(name: str) -> Method:
+    """The method without the tuning that follows once its mask is final; weights stay, or are rewound, as it says."""
+    method = get_method(name)
+    *first, last = method.stages
+    if method.needs_pruned or name == "dense" or name.endswith(WITH_PROMPT):
+        raise ValueError(f"`method` is '{name}{MASK_ALONE}', but {name} finds no mask of its own.")
+    if isinstance(last, Rounds) or last.state != "frozen" or type(last.masks) is not MaskSchedule:
+        # Its mask moves until the end.
+        return method
+    stages = (*first, replace(last, name="prune", roles=frozenset())) if last.before else tuple(first)
+    method = replace(method, description=f"The mask of: {method.description}", stages=stages)
+    # Without data it looks at the weights of the backbone alone, and a head would be trained for nothing.
+    return method if method.needs_data else replace(method, stages=stages[1:])

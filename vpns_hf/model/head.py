@@ -1,0 +1,71 @@
+"""Apply a label mapping to the logits and the weights of a classification head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .configuration import PromptedSparseConfig
+
+
+def checked_matrix(mapping: Tensor | Sequence[int], shape: torch.Size) -> Tensor:
+    """A Bayesian label mapping for a label matrix of that shape.
+
+    Raises:
+        ValueError: it has another shape, or values that are not finite.
+    """
+    matrix = torch.as_tensor(mapping)
+    if matrix.shape != shape or not matrix.isfinite().all():
+        raise ValueError(
+            f"A Bayesian label mapping needs finite weights of shape {tuple(shape)}, [source, target]; got shape "
+            f"{tuple(matrix.shape)} or values that are not finite."
+        )
+    return matrix
+
+
+def checked_classes(mapping: Tensor | Sequence[int], num_target: int, num_source: int) -> list[int]:
+    """A one-to-one label mapping as the source class of each target class.
+
+    Raises:
+        ValueError: it does not name one source class for each of them.
+    """
+    mapped = torch.as_tensor(mapping)
+    is_whole = mapped.shape == (num_target,) and not mapped.is_floating_point()
+    if not is_whole or not ((mapped >= 0) & (mapped < num_source)).all():
+        raise ValueError(
+            f"A label mapping needs one source class in [0, {num_source}) for each of the {num_target} target "
+            f"classes; got {mapped.tolist()}."
+        )
+    return mapped.tolist()
+
+
+def map_logits(logits: Tensor, config: PromptedSparseConfig, label_matrix: Tensor | None) -> Tensor:
+    """Target logits [n, num_labels] of the head's logits; these themselves until a mapping is set."""
+    if config.label_mapping_state == "unset":
+        return logits
+    if label_matrix is not None:
+        # Autocast would round the weights to half precision.
+        with torch.autocast(logits.device.type, enabled=False):
+            return (logits.float() @ label_matrix.float()).to(logits.dtype)
+    reads_source_head = config.label_mapping_state == "open" or config.keep_source_head
+    return logits[:, config.mapped_labels] if reads_source_head else logits
+
+
+def take_classes(state: Mapping[str, Tensor], like: Mapping[str, Tensor], classes: Sequence[int]) -> dict[str, Tensor]:
+    """The state of a model whose head is cut down to some of its classes.
+
+    Args:
+        state: of the model with all classes.
+        like: state of a model with these classes alone, for the shapes.
+        classes: which of all classes are kept, in their new order.
+    """
+    return {name: _take_rows(tensor, like[name].shape, classes) for name, tensor in state.items()}
+
+
+def _take_rows(tensor: Tensor, shape: torch.Size, rows: Sequence[int]) -> Tensor:
+    for dim, (current, target) in enumerate(zip(tensor.shape, shape, strict=True)):
+        if current != target:
+            return tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
+    return tensor

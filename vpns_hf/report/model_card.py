@@ -1,0 +1,145 @@
+"""What a run has shown, as a model card for the Hub, filled into `card_templates/template.md`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Self
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..hub import BEGIN, END, TAGS, merge_cards
+from ..model.sparsity import LayerSparsity, SparsityReport
+from ..training.plan import StageSettings
+from ..version import __version__
+from .tables import Result, markdown_table, percent, results_markdown
+
+TEMPLATE = "template.md"
+
+
+@dataclass(frozen=True)
+class SubnetworkCard:
+    """Everything that the card of a subnetwork says; nothing is said that is not given here.
+
+    Args:
+        title: heading of the card.
+        repo_id: where the code on the card loads the model from: `user/name`, or a folder.
+        base_model: Hub id or name of the backbone.
+        base_model_is_on_hub: whether `base_model` is a Hub id, and belongs in the metadata.
+        dataset: name of the data set.
+        dataset_id: its Hub id, if it has one.
+        split: the split that the results were measured on.
+        images: how many images it has.
+        method: one sentence on how the mask was found.
+        results: rows of the table of results; the last one is this model.
+        sparsity: what is kept, layer by layer.
+        stages: how the run trained.
+        settings: further settings by name, such as seed and batch size.
+        uses_prompt: whether the published model adds its prompt by default.
+        has_prompt: whether it has one.
+        figures: paths of pictures within the repository, by their captions.
+        license: identifier of the licence, as the Hub spells it; None leaves it out.
+        version: of this library, when the model was made.
+    """
+
+    title: str
+    repo_id: str
+    base_model: str
+    base_model_is_on_hub: bool
+    dataset: str
+    dataset_id: str | None
+    split: str
+    images: int
+    method: str
+    results: Sequence[Result]
+    sparsity: SparsityReport
+    stages: Sequence[StageSettings]
+    settings: dict[str, str] = field(default_factory=dict)
+    uses_prompt: bool = False
+    has_prompt: bool = False
+    figures: dict[str, str] = field(default_factory=dict)
+    license: str | None = None
+    version: str = __version__
+
+    def to_json(self) -> str:
+        """All facts as a JSON object, from which the card can be rendered again."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The facts that [`~SubnetworkCard.to_json`] gave."""
+        facts = json.loads(text)
+        report = facts["sparsity"]
+        report["layers"] = tuple(LayerSparsity(**layer) for layer in report["layers"])
+        facts["sparsity"] = SparsityReport(**report)
+        facts["results"] = [Result(**result) for result in facts["results"]]
+        facts["stages"] = [
+            StageSettings(stage["name"], stage["steps"], {role: tuple(how) for role, how in stage["roles"].items()})
+            for stage in facts["stages"]
+        ]
+        return cls(**facts)
+
+    def metadata(self) -> ModelCardData:
+        """The YAML block of the card; accuracies are those of the last result."""
+        result = self.results[-1]
+        accuracy = result.accuracy
+        if self.uses_prompt and result.accuracy_prompted is not None:
+            accuracy = result.accuracy_prompted
+        return ModelCardData(
+            library_name="vpns_hf",
+            pipeline_tag="image-classification",
+            license=self.license,
+            base_model=self.base_model if self.base_model_is_on_hub else None,
+            datasets=[self.dataset_id] if self.dataset_id else None,
+            metrics=["accuracy"],
+            tags=list(TAGS),
+            model_name=self.title,
+            eval_results=[
+                EvalResult(
+                    task_type="image-classification",
+                    dataset_type=self.dataset_id or self.dataset,
+                    dataset_name=self.dataset,
+                    dataset_split=self.split,
+                    metric_type="accuracy",
+                    metric_value=round(accuracy, 6),
+                    metric_name="accuracy",
+                )
+            ],
+        )
+
+    def render(self) -> ModelCard:
+        """The card as text with metadata."""
+        blocks = [
+            (name, f"{block.kept:,}", f"{block.total:,}", percent(block.sparsity))
+            for name, block in self.sparsity.blocks().items()
+        ]
+        return ModelCard.from_template(
+            self.metadata(),
+            template_str=(files("vpns_hf.card_templates") / TEMPLATE).read_text(encoding="utf-8"),
+            card=self,
+            begin=BEGIN,
+            end=END,
+            kept=percent(1 - self.sparsity.sparsity),
+            kept_weights=f"{self.sparsity.kept:,}",
+            prunable_weights=f"{self.sparsity.total:,}",
+            parameters=f"{self.sparsity.parameters:,}",
+            all_parameters=percent(self.sparsity.sparsity_of_all_parameters),
+            results_table=results_markdown(self.results),
+            blocks_table=markdown_table(("block", "kept", "weights", "sparsity"), blocks),
+            stages_table=markdown_table(
+                ("stage", "what trained", "optimizer steps"), [stage.row() for stage in self.stages], text_columns=2
+            ),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the card, or renew what an earlier one says in a file that people have edited.
+
+        The text outside the marked part stays, and so do metadata that this card does not give.
+        """
+        path, card = Path(path), self.render()
+        if path.is_file():
+            card = merge_cards(ModelCard.load(path), card)
+        card.save(path)

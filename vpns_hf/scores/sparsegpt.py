@@ -1,0 +1,143 @@
+"""One-shot pruning that corrects the kept weights so that every layer's output stays close: SparseGPT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import masking
+from ..masking.topk import keep_largest
+from ..model.modeling import PromptedSparseModel
+from .layer_inputs import input_columns, observe_inputs
+from .table import Batches, dense_copy
+
+# Unfolded inputs of a convolution are several times as large as its inputs.
+_IMAGES_AT_ONCE = 16
+
+
+@torch.no_grad()
+def sparsegpt(
+    model: PromptedSparseModel,
+    batches: Sequence[Mapping[str, Tensor]],
+    sparsity: float,
+    *,
+    block_size: int = 128,
+    damping: float = 0.01,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Prune every layer in order of execution and correct its kept weights (SparseGPT, arXiv 2301.00774).
+
+    Each layer sees the inputs that the layers before it make once they are pruned. Masks are chosen block of columns
+    by block of columns, jointly over all rows, and errors are passed on to later columns. Convolutions are unfolded
+    and each of their groups has a Hessian of its own. All is done on a copy, without prompt, on the dense weights;
+    forward passes run in float32, the rest in float64.
+
+    Args:
+        model: in any state; left as it is. Its own masks do not count, but a frozen model has zeros where they were
+            written.
+        batches: dictionaries of `pixel_values` [n, channels, height, width], normalised; other keys are ignored.
+        sparsity: fraction to remove from each layer, in [0, 1]; `round((1 - sparsity) * n)` weights are kept in each.
+        block_size: columns whose mask is chosen at once.
+        damping: fraction of the mean of the Hessian's diagonal that is added to it.
+
+    Returns:
+        The bool masks and the corrected weights, zero where the mask is False and in the model's dtype; both keyed and
+        ordered as `model.masks()`, on the model's device.
+
+    Raises:
+        ValueError: sparsity outside [0, 1], no batches, a layer whose inputs cannot be observed or whose Hessian
+            cannot be inverted.
+    """
+    masking.kept_count(0, sparsity)
+    dense = dense_copy(model)
+    inputs, slots, masks = Batches("sparsegpt", dense, batches), dense.slots(), dict[str, Tensor]()
+    weights = dense.prunable_weights()
+    with torch.autocast(model.device.type, enabled=False):
+        for name in _execution_order(dense, inputs, slots):
+            hessian = _hessian(dense, inputs, name, slots[name])
+            groups, columns = hessian.shape[:2]
+            matrix = weights[name].double().reshape(groups, -1, columns)
+            try:
+                mask, pruned = prune_matrix(matrix, hessian, sparsity, block_size, damping)
+            except torch.linalg.LinAlgError as error:
+                raise ValueError(
+                    f"The Hessian of the inputs of {name} cannot be inverted; give more images or raise `damping`."
+                ) from error
+            masks[name] = mask.view(weights[name].shape)
+            weights[name].copy_(pruned.view(weights[name].shape))
+    own = model.prunable_weights()
+    return {name: masks[name] for name in own}, {name: weights[name].detach().to(own[name].dtype) for name in own}
+
+
+def _execution_order(
+    model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], slots: Mapping[str, masking.Slot]
+) -> list[str]:
+    order = dict[str, None]()
+    with observe_inputs(slots, lambda name, inputs, outputs: order.setdefault(name)):
+        model(batches[0]["pixel_values"], use_prompt=False)
+    return list(order)
+
+
+def _hessian(
+    model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], name: str, slot: masking.Slot
+) -> Tensor:
+    """`2 / n * sum(x x^T)` over the n inputs x of a layer, [groups, columns, columns]."""
+    sums, counts = list[Tensor](), list[int]()
+
+    def add(name: str, inputs: Tensor, outputs: Tensor) -> None:
+        for part in inputs.split(_IMAGES_AT_ONCE):
+            columns = input_columns(name, slot.module, part, outputs).double()
+            counts.append(columns.shape[1])
+            sums[:] = [sum(sums, columns.mT @ columns)]
+
+    with observe_inputs({name: slot}, add):
+        for batch in batches:
+            model(batch["pixel_values"], use_prompt=False)
+    return sums[0].mul_(2 / sum(counts))
+
+
+def prune_matrix(
+    weight: Tensor, hessian: Tensor, sparsity: float, block_size: int = 128, damping: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """Prune one weight, column by column, each time moving what was removed onto the columns that follow.
+
+    Args:
+        weight: [groups, rows, columns], float64.
+        hessian: of each group's inputs, [groups, columns, columns], float64.
+        sparsity: fraction to remove; the number kept is exact, and spread evenly over the blocks.
+        block_size: columns whose mask is chosen at once.
+        damping: fraction of the mean of the diagonal that is added to it.
+
+    Returns:
+        The bool mask and the corrected weight.
+
+    Raises:
+        torch.linalg.LinAlgError: the damped Hessian is not positive definite.
+    """
+    dead = hessian.diagonal(dim1=1, dim2=2) == 0
+    weight = weight.masked_fill(dead.unsqueeze(1), 0)
+    factor = _inverse_factor(hessian, dead, damping)
+    scale = factor.diagonal(dim1=1, dim2=2)
+    mask = torch.empty_like(weight, dtype=torch.bool)
+    columns, kept = weight.shape[2], masking.kept_count(weight.numel(), sparsity)
+    for start in range(0, columns, block_size):
+        end = min(start + block_size, columns)
+        saliency = (weight[:, :, start:end] / scale[:, None, start:end]).square()
+        mask[:, :, start:end] = keep_largest([saliency], kept * end // columns - kept * start // columns)[0]
+        errors = torch.empty_like(saliency)
+        for column in range(start, end):
+            removed = weight[:, :, column].masked_fill(mask[:, :, column], 0)
+            errors[:, :, column - start] = error = removed / scale[:, column, None]
+            weight[:, :, column:end] -= error[:, :, None] * factor[:, None, column, column:end]
+        weight[:, :, end:] -= errors @ factor[:, start:end, end:]
+    return mask, weight.masked_fill_(~mask, 0)
+
+
+def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of the damped Hessian, with ones for inputs that are always zero."""
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    diagonal.masked_fill_(dead, 1)
+    diagonal += damping * diagonal.mean(1, keepdim=True)
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)

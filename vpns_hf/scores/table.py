@@ -1,0 +1,286 @@
+"""Scores of weights from a few batches, by which a mask is selected without learning it; larger = keep.
+
+A new score is one function and one entry in [`SCORES`].
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from .. import masking
+from ..model.modeling import PromptedSparseModel
+from .layer_inputs import input_columns, observe_inputs
+
+Score = Callable[..., dict[str, Tensor]]
+
+
+def score_weights(
+    name: str,
+    model: PromptedSparseModel,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Score every prunable weight of the dense backbone; neither the model nor the global random state changes.
+
+    The score is computed on a copy in float32 and in eval mode, without prompt. The loss is the model's own, under its
+    head or label mapping. Weights that the loss does not reach score 0.
+
+    Args:
+        name: a key of [`SCORES`].
+        model: in any state. Its own masks do not count, but a frozen model has zeros where they were written.
+        batches: dictionaries of `pixel_values` [n, channels, height, width], normalised, and, for scores that need
+            them, `labels` [n]; other keys are ignored. Their losses are summed.
+        masks: score the weights under these masks, True = kept, one for each prunable weight: masked weights are zero
+            and get neither a gradient nor a score, which is then 0. A caller that ranks scores of either sign must
+            leave them out. None: every weight counts.
+        options: of the score, such as `seed` or `temperature`.
+
+    Returns:
+        One tensor per prunable weight, keyed and ordered as `model.masks()`, on the model's device; float32, or
+        float64 for SynFlow.
+
+    Raises:
+        ValueError: unknown score, no batches or labels where they are needed, masks that do not fit the model, or
+            scores that are not finite.
+    """
+    if name not in SCORES:
+        raise ValueError(f"There is no score {name!r}; expected one of {', '.join(SCORES)}.")
+    dense = dense_copy(model, masks)
+    with torch.enable_grad(), torch.autocast(model.device.type, enabled=False):
+        scores = SCORES[name](dense, Batches(name, dense, batches), **options)
+    scores = {weight: scores[weight].detach() for weight in dense.masks()}
+    for weight, score in scores.items():
+        if not score.isfinite().all():
+            raise ValueError(f"The {name!r} score of {weight} is not finite; check the weights and the images.")
+    return {weight: torch.where(mask, scores[weight], 0) for weight, mask in dense.masks().items()}
+
+
+def dense_copy(model: PromptedSparseModel, masks: Mapping[str, Tensor] | None = None) -> PromptedSparseModel:
+    """A float32 copy in eval mode whose weights are plain; only prunable weights take a gradient.
+
+    Args:
+        model: in any state; left as it is.
+        masks: freeze the copy under these masks; None: it is in the dense state.
+
+    Raises:
+        ValueError: the names or shapes of the masks do not fit.
+    """
+    dense = copy.deepcopy(model)
+    # Accelerate gives a prepared model a `forward` of its own, which turns autocast on.
+    dense.__dict__.pop("forward", None)
+    if dense.config.state == "search":
+        dense.detach_scores()
+    elif dense.config.state == "frozen":
+        masking.unfreeze(dense.slots())
+        dense.config.state = "dense"
+    dense.float().eval()
+    if dense.backbone.config._attn_implementation not in _PLAIN_ATTENTION:
+        dense.backbone.set_attn_implementation("eager")
+    if masks is not None:
+        dense.apply_masks(masks)
+    dense.requires_grad_(False)
+    for weight in dense.prunable_weights().values():
+        weight.requires_grad_(True)
+    return dense
+
+
+# Others, such as flash attention, are made for half precision or cannot be differentiated twice.
+_PLAIN_ATTENTION = (None, "eager", "sdpa")
+
+
+class Batches(Sequence[Mapping[str, Tensor]]):
+    """Batches of images that are moved to the model when they are read.
+
+    Args:
+        purpose: what needs them, for the error if there are none.
+        model: gives device and, for images, dtype.
+        batches: dictionaries with `pixel_values` and maybe `labels`.
+    """
+
+    def __init__(self, purpose: str, model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]):
+        self.purpose, self.model, self.batches = purpose, model, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not self.batches:
+            raise ValueError(f"{self.purpose!r} needs at least one batch of images, and none was given.")
+        batch = self.batches[index]
+        moved = {"pixel_values": batch["pixel_values"].to(self.model.device, self.model.dtype)}
+        return moved | ({"labels": batch["labels"].to(self.model.device)} if "labels" in batch else {})
+
+
+def _classify(model: PromptedSparseModel, batch: Mapping[str, Tensor]) -> ImageClassifierOutput:
+    if "labels" not in batch:
+        raise ValueError("This score follows the loss, but a batch has no `labels`.")
+    if model.config.label_mapping is not None and model.config.mapped_labels is None:
+        raise ValueError("This score follows the loss, and the model still lacks its label mapping; set it first.")
+    return model(batch["pixel_values"], batch["labels"], use_prompt=False)
+
+
+def _gradients(total: Tensor, weights: Mapping[str, Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
+    """Gradients in the order of the weights; zeros for those that are not reached."""
+    return torch.autograd.grad(total, tuple(weights.values()), create_graph=create_graph, materialize_grads=True)
+
+
+def _summed_gradients(losses: Iterable[Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of the sum of the losses, whose graphs are built one at a time."""
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for loss in losses:
+        for total, gradient in zip(sums.values(), _gradients(loss, weights), strict=True):
+            total += gradient
+    return sums
+
+
+def magnitude(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`|theta|`."""
+    return {name: weight.detach().abs() for name, weight in model.prunable_weights().items()}
+
+
+def lamp(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Squared weight over the sum of all squares in its tensor that are not smaller (LAMP, arXiv 2010.07611).
+
+    Ranks one tensor as magnitude does, also where magnitudes are equal.
+    """
+    return {name: _lamp(weight.detach()) for name, weight in model.prunable_weights().items()}
+
+
+def _lamp(weight: Tensor) -> Tensor:
+    squares = weight.double().flatten().square()
+    # Of equal weights the earlier one counts as larger, because selection keeps it first.
+    ordered, order = squares.sort(descending=True, stable=True)
+    ratios = ordered / ordered.cumsum(0).clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.empty_like(squares).scatter_(0, order, ratios).view(weight.shape).float()
+
+
+def random(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], seed: int = 0) -> dict[str, Tensor]:
+    """Uniform in [0, 1), the same on every device.
+
+    Args:
+        model, batches: see [`score_weights`].
+        seed: of the generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(weight.shape, generator=generator).to(weight.device)
+        for name, weight in model.prunable_weights().items()
+    }
+
+
+def snip(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`|theta * dL/dtheta|`, the effect of each weight's mask on the loss (SNIP, arXiv 1810.02340)."""
+    return _connection_sensitivity(model.prunable_weights(), (_classify(model, batch).loss for batch in batches))
+
+
+def _connection_sensitivity(weights: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dict[str, Tensor]:
+    """`|theta * gradient|` of the sum of the losses."""
+    totals = _summed_gradients(losses, weights)
+    return {name: (weight.detach() * totals[name]).abs() for name, weight in weights.items()}
+
+
+def grasp(
+    model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], temperature: float = 200.0
+) -> dict[str, Tensor]:
+    """`theta * Hg`, by which gradient flow falls if the weight is removed (GraSP, arXiv 2002.07376); of either sign.
+
+    H and g are Hessian and gradient of the loss summed over all batches.
+
+    Args:
+        model, batches: see [`score_weights`].
+        temperature: divides the logits.
+    """
+
+    def losses() -> Iterable[Tensor]:
+        for batch in batches:
+            yield F.cross_entropy(_classify(model, batch).logits / temperature, batch["labels"])
+
+    return _gradient_flow(model.prunable_weights(), losses)
+
+
+def _gradient_flow(weights: Mapping[str, Tensor], losses: Callable[[], Iterable[Tensor]]) -> dict[str, Tensor]:
+    """`theta * Hg` of the sum of the losses, which are evaluated twice."""
+    gradients = _summed_gradients(losses(), weights)
+
+    def flow(loss: Tensor) -> Tensor:
+        own = _gradients(loss, weights, create_graph=True)
+        return torch.stack([(fixed * part).sum() for fixed, part in zip(gradients.values(), own, strict=True)]).sum()
+
+    # The other kernels of attention have no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        products = _summed_gradients(map(flow, losses()), weights)
+    return {name: weight.detach() * products[name] for name, weight in weights.items()}
+
+
+def synflow(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`|theta * dR/dtheta|` with R the sum of the logits of a white image, everything positive (arXiv 2006.05467).
+
+    One evaluation; the paper's 100 rounds belong to the caller. The absolute value is taken of every parameter and
+    buffer, those of normalisation layers included. The conservation laws of the paper hold for networks of ReLU
+    without normalisation; for attention, GELU and normalisation the score is a heuristic.
+
+    Args:
+        model: see [`score_weights`].
+        batches: the first one gives the size of the image.
+    """
+    image = torch.ones_like(batches[0]["pixel_values"][:1], dtype=torch.float64)
+    # A product of many layers leaves the range of float32.
+    model.double()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.abs_()
+    return _connection_sensitivity(model.prunable_weights(), [model(image, use_prompt=False).logits.sum()])
+
+
+@torch.no_grad()
+def wanda(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Magnitude times the norm of the weight's input over all batches (Wanda, arXiv 2306.11695).
+
+    The paper compares within output rows, the scope `"row"` of [`masking.select_masks`]. Needs no labels.
+
+    Raises:
+        ValueError: the inputs of a layer cannot be observed.
+    """
+    slots, squares = model.slots(), dict[str, Tensor]()
+
+    def add(name: str, inputs: Tensor, outputs: Tensor) -> None:
+        # Squares of all images are summed before they are unfolded, which takes the memory of one image.
+        squared = inputs.square().sum(0, keepdim=True, dtype=torch.float64)
+        columns = input_columns(name, slots[name].module, squared, outputs).sum(1)
+        squares[name] = squares[name] + columns if name in squares else columns
+
+    with observe_inputs(slots, add):
+        for batch in batches:
+            model(batch["pixel_values"], use_prompt=False)
+    return {name: _wanda(weight, squares[name]) for name, weight in model.prunable_weights().items()}
+
+
+def _wanda(weight: Tensor, squares: Tensor) -> Tensor:
+    """|weight| times the root of the sum of squares [groups, columns] of its inputs."""
+    norms = squares.sqrt().unsqueeze(1)
+    return (weight.abs().reshape(len(squares), -1, squares.shape[1]) * norms).reshape(weight.shape).float()
+
+
+SCORES: dict[str, Score] = {
+    "magnitude": magnitude,
+    "lamp": lamp,
+    "random": random,
+    "snip": snip,
+    "grasp": grasp,
+    "synflow": synflow,
+    "wanda": wanda,
+}
+"""Every score by name. A score takes the copy made by [`dense_copy`], the batches on its device, and options of its
+own; it may change the copy, and returns a tensor for each of
+`model.prunable_weights()`."""

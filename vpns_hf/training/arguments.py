@@ -1,0 +1,232 @@
+"""`VPNsTrainingArguments`: Trainer's arguments and those of the search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate.utils import parse_flag_from_env
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+from ..methods.stage import RoleSettings, Stage
+from ..methods.table import get_method
+from ..metrics import get_metric
+from .optimizers import NOT_IN_TRAINER
+
+PROMPT_MIXINGS = ("alternate", "always", "never")
+EVAL_PROMPTS = ("without", "with", "both")
+
+
+@dataclass
+class VPNsTrainingArguments(TrainingArguments):
+    """Arguments of [`VPNsTrainer`]: all of [`~transformers.TrainingArguments`], which apply to the tune stage and,
+    where nothing else is said, to every stage, and those below. `max_steps` bounds every stage;
+    `load_best_model_at_end` applies to the last stage alone.
+
+    Defaults that differ from Trainer's: SGD with momentum, cosine schedule, weight decay 1e-4, no gradient clipping
+    (it would couple the norms of prompt and scores), `remove_unused_columns=False`.
+    """
+
+    method: str = field(
+        default="vpns", metadata={"help": "Pruning method: vpns, hydra, omp, imp, ... or <method>+prompt."}
+    )
+    sparsity: float | None = field(
+        default=None, metadata={"help": "Fraction of prunable weights to remove; the model's own when not given."}
+    )
+    search_epochs: float = field(
+        default=30.0,
+        metadata={
+            "help": "Epochs of the search. With prompt_mixing=alternate an epoch shows every image twice: prompted "
+            "and plain."
+        },
+    )
+    search_max_steps: int = field(
+        default=-1, metadata={"help": "Optimizer steps of the search; replaces max_steps and search_epochs."}
+    )
+    head_warm_up_epochs: float = field(
+        default=1.0, metadata={"help": "Epochs that train a new head alone, before the search."}
+    )
+    num_train_epochs: float = field(default=30.0, metadata={"help": "Epochs of the tune stage."})
+    mix_unaugmented: bool = field(
+        default=False,
+        metadata={
+            "help": "Show methods without a prompt the batches that VPNs sees: in turn unaugmented and augmented."
+        },
+    )
+    total_max_steps: int = field(
+        default=-1,
+        metadata={
+            "help": "Optimizer steps of all stages after the warm-up together, shared out equally; replaces all other "
+            "lengths of stages."
+        },
+    )
+    calibration_images_per_class: int = field(
+        default=10, metadata={"help": "Training images of each class that one-shot scores are measured on."}
+    )
+    prompt_noise: float = field(
+        default=0.01,
+        metadata={
+            "help": "Standard deviation of the parameters of the prompt in vpns_noise_prompt: pixel values, for pad."
+        },
+    )
+    consistency_check_steps: int = field(
+        default=50,
+        metadata={
+            "help": "On several processes, compare hashes of their scores, masks, prompts and weights every so many "
+            "optimizer steps; 0: never."
+        },
+    )
+    score_optim: str = field(
+        default="adam", metadata={"help": "Optimizer of the scores, and of the prompt during the search."}
+    )
+    score_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the scores."})
+    search_prompt_learning_rate: float = field(
+        default=1e-4, metadata={"help": "Learning rate of the prompt during the search."}
+    )
+    score_lr_scheduler_type: str | None = field(
+        default=None,
+        metadata={"help": "Schedule of scores and prompt during the search; lr_scheduler_type when not given."},
+    )
+    optim: str = field(
+        default="sgd",
+        metadata={"help": "Optimizer of weights and head, and of the prompt in the tune stage."},
+    )
+    learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the weights."})
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of a new head; learning_rate when not given."}
+    )
+    prompt_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of the prompt in the tune stage."}
+    )
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of the optimizer sgd."})
+    mixup_alpha: float = field(
+        default=0.0,
+        metadata={"help": "Parameter of MixUp of the training batches (arXiv 1710.09412), such as 0.2; 0: none."},
+    )
+    cutmix_alpha: float = field(
+        default=0.0,
+        metadata={
+            "help": "Parameter of CutMix of the training batches (arXiv 1905.04899), such as 1.0; 0: none. With both, "
+            "one of the two is drawn for every batch."
+        },
+    )
+    prompt_mixing: str = field(
+        default="alternate",
+        metadata={"help": "Which batches are prompted: alternate (prompted and plain in turn), always or never."},
+    )
+    eval_prompt: str = field(default="both", metadata={"help": "Evaluate without the prompt, with it, or both."})
+    metrics: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Metrics reported beside accuracy: mean_per_class_accuracy, top5_accuracy, "
+            "expected_calibration_error."
+        },
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of every role."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 clips nothing."})
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When push_to_hub uploads: end, or also at every_save."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop dataset columns that the model does not take."}
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True,
+        metadata={"help": "Restore the callbacks' states when resuming, so that logs go on as they would have."},
+    )
+
+    def __post_init__(self) -> None:
+        optim = self.optim
+        if optim in NOT_IN_TRAINER:
+            # TrainingArguments takes its own names only.
+            self.optim = "sgd"
+        super().__post_init__()
+        if optim in NOT_IN_TRAINER:
+            self.optim = optim
+        get_method(self.method)
+        _check_choice("prompt_mixing", self.prompt_mixing, PROMPT_MIXINGS)
+        _check_choice("eval_prompt", self.eval_prompt, EVAL_PROMPTS)
+        for name in self.reported_metrics:
+            get_metric(name)
+        strategy = HubStrategy(self.hub_strategy)
+        if self.push_to_hub and strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ValueError(
+                f"`hub_strategy={strategy.value!r}` would publish optimizer states, which are pickles; use "
+                "'end' or 'every_save', and resume from the checkpoints in `output_dir`."
+            )
+        if self.consistency_check_steps < 0:
+            raise ValueError(
+                f"`consistency_check_steps` is {self.consistency_check_steps}; expected a number of optimizer steps, "
+                "or 0 to compare nothing."
+            )
+        if self._uses_fsdp and self.device.type == "cpu":
+            # accelerate would run DDP instead, without a word.
+            raise ValueError(
+                "FSDP is asked for, but there is no GPU and accelerate has no FSDP on CPUs; launch with "
+                "`recipes/accelerate_configs/ddp_cpu.yaml`."
+            )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint` saves in the middle of a step; leave it out, because VPNsTrainer saves a "
+                "checkpoint at SIGTERM and Ctrl-C by itself, after the step."
+            )
+        if min(self.mixup_alpha, self.cutmix_alpha) < 0:
+            raise ValueError(
+                f"`mixup_alpha` is {self.mixup_alpha} and `cutmix_alpha` {self.cutmix_alpha}; expected at least 0, "
+                "which is off."
+            )
+        if self.calibration_images_per_class < 1:
+            raise ValueError(
+                f"`calibration_images_per_class` is {self.calibration_images_per_class}; expected at least 1."
+            )
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"`sparsity` is {self.sparsity}; expected a fraction in [0, 1), such as 0.9 for 90 %.")
+
+    @property
+    def _uses_fsdp(self) -> bool:
+        return bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+    @property
+    def reported_metrics(self) -> list[str]:
+        """Accuracy, and what `metrics` names beside it."""
+        return list(dict.fromkeys(["accuracy", *(self.metrics or [])]))
+
+    def role_settings(self, role: str, stage: Stage) -> RoleSettings:
+        """Optimizer, learning rate and schedule of a role in a stage."""
+        searching = "scores" in stage.roles and role in ("scores", "prompt")
+        learning_rate = {
+            "scores": self.score_learning_rate,
+            "prompt": self.search_prompt_learning_rate if searching else self.prompt_learning_rate,
+            "head": self.learning_rate if self.head_learning_rate is None else self.head_learning_rate,
+            "weights": self.learning_rate,
+        }[role]
+        if role in stage.settings:
+            return stage.settings[role]
+        optim = self.score_optim if searching else str(getattr(self.optim, "value", self.optim))
+        schedule = self.score_lr_scheduler_type if searching else None
+        return RoleSettings(optim, learning_rate, schedule or self.lr_scheduler_type)
+
+    def stage_length(self, stage: Stage, stages: Sequence[Stage]) -> tuple[float, int]:
+        """(epochs, max_steps) of one of the stages of a run; max_steps is -1 where the epochs count."""
+        if stage.length == "warm_up":
+            return self.head_warm_up_epochs, -1
+        is_search = stage.length == "search"
+        epochs = self.search_epochs if is_search else self.num_train_epochs
+        sharing, budget = budgeted_stages(stages), self.total_max_steps
+        if budget > 0 and stage in sharing:
+            index, count = sharing.index(stage), len(sharing)
+            return epochs, budget * (index + 1) // count - budget * index // count
+        return epochs, self.search_max_steps if is_search and self.search_max_steps > 0 else self.max_steps
+
+
+def budgeted_stages(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages that `total_max_steps` is shared out over."""
+    return [stage for stage in stages if stage.length != "warm_up" and stage.roles]
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; expected one of {', '.join(choices)}.")

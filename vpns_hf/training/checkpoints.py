@@ -1,0 +1,92 @@
+"""Write, publish and find complete checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
+CHECKPOINT_FILES_NAME = "checkpoint_files.json"
+# Where a checkpoint is written before it takes its name.
+UNFINISHED_CHECKPOINT = "checkpoint.tmp"
+
+
+def publish_checkpoint(written: Path, checkpoint: Path) -> None:
+    """Give a checkpoint its name once it is complete: list its files and their sizes in it, then move it there."""
+    sizes = {str(path.relative_to(written)): path.stat().st_size for path in written.rglob("*") if path.is_file()}
+    (written / CHECKPOINT_FILES_NAME).write_text(json.dumps(sizes, indent=2, sort_keys=True), encoding="utf-8")
+    publish_folder(written, checkpoint)
+
+
+def publish_folder(written: Path, folder: Path) -> None:
+    """Move a complete folder to its place, in one step; what was there before is dropped."""
+    for path in written.rglob("*"):
+        if path.is_file():
+            # Else a machine that crashes could leave the new name with empty files behind it.
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(written, folder)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None: it is complete."""
+    try:
+        sizes = json.loads((checkpoint / CHECKPOINT_FILES_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{CHECKPOINT_FILES_NAME} is missing or cut short"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a stage whose files are all there and whole, or None; newer ones are warned of."""
+    checkpoints = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        if (wrong := damage(path)) is None:
+            return path
+        logger.warning("%s is half-written (%s), so it is passed over.", path, wrong)
+    return None
+
+
+@contextmanager
+def writing(what: str, temporary: Path, advice: str = "") -> Iterator[None]:
+    """Where a file or folder is written: a failure is told in one sentence and leaves nothing half-written.
+
+    Args:
+        what: what is written, as the sentence begins.
+        temporary: the file or folder that is written to; removed where it fails.
+        advice: the end of the sentence: what is safe and how to go on.
+
+    Raises:
+        OSError: the disk is full, the folder is read-only, or the like.
+    """
+    try:
+        yield
+    # torch and safetensors have errors of their own for a full disk.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        remove(temporary)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise OSError(f"{what} could not be written: {reason.rstrip('.')}{advice}.") from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink()

@@ -1,0 +1,82 @@
+"""What a run needs of its model, data and machine: what is missing is told before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import IterableDataset
+from transformers import Trainer
+
+from ..methods.stage import Method, Stage
+from ..model.modeling import PromptedSparseModel
+from .arguments import VPNsTrainingArguments, budgeted_stages
+
+
+def check_model(model: Any, args: VPNsTrainingArguments, method: Method) -> None:
+    """Raise unless the model was built as the method needs it."""
+    if not isinstance(model, PromptedSparseModel):
+        raise ValueError(
+            f"VPNsTrainer trains a PromptedSparseModel, not a {type(model).__name__}; wrap it with "
+            "`PromptedSparseModel.from_backbone(model)`."
+        )
+    if model.prompt is None and (method.uses_prompt or args.eval_prompt == "with"):
+        raise ValueError(
+            f"`method={args.method!r}` with `eval_prompt={args.eval_prompt!r}` needs a prompt; build the model with "
+            "`prompt='pad'`, or use `method='hydra'`."
+        )
+    if method.needs_pruned and model.config.state != "frozen":
+        raise ValueError(
+            f"`method={args.method!r}` needs a model that is pruned already; load one, or prune it first."
+        )
+    config = model.config.to_dict()
+    if wrong := {key: value for key, value in method.backbone.items() if config[key] != value}:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
+        raise ValueError(
+            f"`method={args.method!r}` needs a model that was built by `from_backbone(..., {arguments})`."
+        )
+
+
+def check_data(*datasets: Any) -> None:
+    """Raise unless every data set can be drawn by index."""
+    if any(isinstance(dataset, IterableDataset) for dataset in datasets):
+        raise ValueError(
+            "VPNsTrainer draws images by index; got a streaming data set. Load it with "
+            "`load_transfer_dataset(..., stream_images=n)`, or keep what you need of it with `Dataset.from_generator`."
+        )
+
+
+def check_stages(stages: Sequence[Stage], args: VPNsTrainingArguments) -> None:
+    """Raise unless the stages can train in the precision and the steps that the arguments ask for."""
+    if args.fp16 and any(stage.implicit_gradient or stage.masks.uses_dense_gradients for stage in stages):
+        # The loss scale would enter the implicit gradient squared, and a step without gradients cannot be scaled.
+        raise ValueError(f"`method={args.method!r}` does not work with fp16; use bf16 or float32.")
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16 needs a GPU, and this run is on the CPU; use bf16 or float32.")
+    if 0 < args.total_max_steps < (count := len(budgeted_stages(stages))):
+        raise ValueError(
+            f"`total_max_steps` is {args.total_max_steps}, but `method={args.method!r}` has {count} stages that train "
+            "at this sparsity; give it at least one step for each."
+        )
+
+
+def check_processes(trainer: Trainer, stages: Sequence[Stage]) -> None:
+    """Raise unless the stages can run as the model is spread over the processes."""
+    if trainer.is_fsdp_enabled:
+        kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+        if not trainer.accelerator.is_fsdp2 or "FULL_STATE_DICT" not in kind:
+            raise ValueError(
+                "Under FSDP, VPNsTrainer needs `fsdp_version: 2` (version 1 flattens the weights, so that they cannot "
+                "be masked) and `fsdp_state_dict_type: FULL_STATE_DICT`, as in "
+                "`recipes/accelerate_configs/fsdp2.yaml`."
+            )
+        if any(stage.masks.uses_dense_gradients for stage in stages):
+            raise ValueError(
+                f"`method={trainer.args.method!r}` needs whole gradients of pruned weights, which FSDP does not keep; "
+                "run it with DDP."
+            )
+    if trainer.is_deepspeed_enabled and any(stage.masks.changes_frozen_masks for stage in stages):
+        raise ValueError(
+            f"`method={trainer.args.method!r}` changes masks and momentum while weights train, and DeepSpeed keeps "
+            "momentum where it cannot be reached; run it with DDP."
+        )

@@ -1,0 +1,97 @@
+"""Count the cost of a stage: images, passes and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ..model.modeling import PromptedSparseModel
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage has spent, evaluation aside.
+
+    Args:
+        images: training images seen, on all processes.
+        forward_images, backward_images: images that went forward and backward through the backbone to train or score.
+        seconds: time of the training steps and of what ran before them.
+        trained_weights: parameters that were trained, pruned ones not counted.
+    """
+
+    images: int = 0
+    forward_images: int = 0
+    backward_images: int = 0
+    seconds: float = 0.0
+    trained_weights: int = 0
+
+
+@dataclass(eq=False)
+class Counters(TrainerCallback, ExportableState):
+    """What is counted over a stage and kept in its checkpoints.
+
+    Args:
+        flips: mask entries that changed since the last log.
+        images, forward_images, backward_images, seconds: as in [`Cost`].
+        logged_step: the step of the last log.
+        logged_loss: sum of the losses up to that step.
+        loss: sum of the losses after it.
+    """
+
+    flips: int = 0
+    images: int = 0
+    forward_images: int = 0
+    backward_images: int = 0
+    seconds: float = 0.0
+    logged_step: int = 0
+    logged_loss: float = 0.0
+    loss: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback."""
+        return {"args": dict(vars(self)), "attributes": {}}
+
+    def reset(self) -> None:
+        """Count from zero again."""
+        self.__dict__ = dict(vars(Counters()))
+
+    def cost(self, trained_weights: int) -> Cost:
+        """What the stage has spent."""
+        return Cost(self.images, self.forward_images, self.backward_images, self.seconds, trained_weights)
+
+    def count_batch(self, images: int) -> None:
+        """Count images that training takes forward and backward."""
+        self.images += images
+        self.forward_images += images
+        self.backward_images += images
+
+    def take_flips(self) -> int:
+        """The count since the last call."""
+        flips, self.flips = self.flips, 0
+        return flips
+
+    @contextmanager
+    def measuring(self, model: PromptedSparseModel) -> Iterator[None]:
+        """Count the time and the passes of this model and of copies made of it meanwhile."""
+
+        def count(module: Any, args: Any, output: Any) -> None:
+            images = len(output.logits)
+            self.forward_images += images
+            if output.logits.requires_grad:
+                output.logits.register_hook(lambda gradient: self._count_backward(images))
+
+        handle, started = model.backbone.register_forward_hook(count), time.perf_counter()
+        try:
+            yield
+        finally:
+            handle.remove()
+            self.seconds += time.perf_counter() - started
+
+    def _count_backward(self, images: int) -> None:
+        self.backward_images += images

@@ -1,0 +1,143 @@
+"""Record finished stages of a run, to resume it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .checkpoints import UNFINISHED_CHECKPOINT, damage, last_complete_checkpoint, remove, writing
+from .counters import Cost
+
+STAGES_NAME = "stages.json"
+FIRST_STATE_NAME = "first_state.safetensors"
+MODEL_FOLDER = "model"
+_LEFTOVERS = (f"{STAGES_NAME}.tmp", "first_state.tmp", f"{MODEL_FOLDER}.tmp", UNFINISHED_CHECKPOINT, ".saving-*")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FinishedStage:
+    """A stage that ended.
+
+    Args:
+        name: its name.
+        steps: its optimizer steps.
+        metrics: what the evaluation after it gave; empty without one.
+        cost: what it has spent.
+    """
+
+    name: str
+    steps: int
+    metrics: dict[str, float]
+    cost: Cost = field(default_factory=Cost)
+
+
+@dataclass
+class RunRecord:
+    """The stages of a run that have ended, kept in `stages.json`, which is replaced atomically.
+
+    Args:
+        folder: output folder of the run.
+        settings: what a run that goes on must have in common with it: `method`, `sparsity` and `seed`.
+        finished: the stages that ended, in order.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    finished: list[FinishedStage]
+
+    @classmethod
+    def load(cls, folder: Path, settings: dict[str, Any]) -> RunRecord:
+        """Read the record, or make an empty one where there is none.
+
+        Raises:
+            ValueError: the folder holds a run of other settings.
+        """
+        path = folder / STAGES_NAME
+        if not path.is_file():
+            return cls(folder, settings, [])
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if content["settings"][name] != value:
+                raise ValueError(
+                    f"{folder} holds a run of {name} {content['settings'][name]!r}, not {value!r}; choose another "
+                    "`output_dir`."
+                )
+        finished = [FinishedStage(**stage | {"cost": Cost(**stage["cost"])}) for stage in content["finished"]]
+        return cls(folder, settings, finished)
+
+    def save(self) -> None:
+        """Write the record.
+
+        Raises:
+            OSError: it cannot be written; the record that is there is untouched.
+        """
+        content = {"settings": self.settings, "finished": [asdict(stage) for stage in self.finished]}
+        temporary = self.folder / f"{STAGES_NAME}.tmp"
+        with writing(f"The record of the run, {self.folder / STAGES_NAME},", temporary):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+            os.replace(temporary, self.folder / STAGES_NAME)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a run that was killed in this folder had begun to write."""
+        for folder in [self.folder, *self.folder.glob("[0-9]*-*")]:
+            for pattern in _LEFTOVERS:
+                for path in folder.glob(pattern):
+                    remove(path)
+
+    def stage_folder(self, index: int, name: str) -> Path:
+        """Where a stage keeps its checkpoints and, once it has ended, its model and log."""
+        return self.folder / f"{index}-{name}"
+
+    def finished_folder(self, name: str) -> Path:
+        """The folder of a stage that has ended.
+
+        Raises:
+            ValueError: no stage of that name has ended.
+        """
+        names = [stage.name for stage in self.finished]
+        if name not in names:
+            raise ValueError(f"No stage {name!r} has ended in {self.folder}; finished: {', '.join(names) or 'none'}.")
+        return self.stage_folder(names.index(name), name)
+
+    def find_checkpoint(self, names: Sequence[str], resume_from_checkpoint: str | bool | None) -> Path | None:
+        """Where to resume; drops from the record what comes after that checkpoint.
+
+        Args:
+            names: of all stages of the run.
+            resume_from_checkpoint: as for [`VPNsTrainer.train`].
+
+        Raises:
+            ValueError: the folder holds another run, or the checkpoint is none of it.
+        """
+        if str(resume_from_checkpoint).lower() in ("true", "false"):
+            # Flags and YAML files give strings.
+            resume_from_checkpoint = str(resume_from_checkpoint).lower() == "true"
+        if not resume_from_checkpoint:
+            if self.finished or any(self.folder.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*")):
+                raise ValueError(
+                    f"{self.folder} holds an earlier run; pass `resume_from_checkpoint=True` to go on with it, or "
+                    "choose another `output_dir`."
+                )
+            return None
+        done, folders = len(self.finished), [self.stage_folder(index, name) for index, name in enumerate(names)]
+        if resume_from_checkpoint is True:
+            return last_complete_checkpoint(folders[done]) if done < len(folders) else None
+        checkpoint, folders = Path(resume_from_checkpoint).resolve(), [folder.resolve() for folder in folders]
+        if checkpoint.parent not in folders[: done + 1] or not checkpoint.is_dir():
+            raise ValueError(
+                f"{checkpoint} is no checkpoint of the run in {self.folder}; expected {folders[0]}/checkpoint-N, or "
+                "`True` for the last one."
+            )
+        if wrong := damage(checkpoint):
+            raise ValueError(f"{checkpoint} is half-written: {wrong}; pass `True` for the last complete checkpoint.")
+        self.finished = self.finished[: folders.index(checkpoint.parent)]
+        return checkpoint
