@@ -2,22 +2,27 @@
 PYTHON = .venv/bin/python
 PROCESSES = 2
 
-.PHONY: help test test-slow test-distributed test-interruption test-lowest fuzz benchmarks lint
+.PHONY: help test test-all test-slow test-distributed test-interruption test-lowest fuzz benchmarks lint
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-test: ## all tests but the slow ones, by the README's own command
+AREA =
+
+test: ## all tests but the slow ones, by the README's own command; AREA=masking: those of one folder
+	@if [ -n "$(AREA)" ]; then $(PYTHON) -m pytest -n $(PROCESSES) tests/$(AREA); else $(MAKE) test-all; fi
+
+test-all:
 	bash -euo pipefail -c "$$(sed -n '/<!-- test -->/,/^```$$/p' README.md | sed -e '1,2d' -e '$$d')"
 
 test-slow: ## the slow tests
 	$(PYTHON) -m pytest -m slow -n $(PROCESSES)
 
 test-distributed: ## tests that launch several processes, slow ones too
-	$(PYTHON) -m pytest -m "slow or not slow" tests/test_distributed.py
+	$(PYTHON) -m pytest -m "slow or not slow" tests/training/test_distributed.py
 
 test-interruption: ## runs that are killed and resumed, slow ones too
-	$(PYTHON) -m pytest -m "slow or not slow" tests/test_interruption.py tests/test_faults.py
+	$(PYTHON) -m pytest -m "slow or not slow" tests/training/test_interruption.py tests/training/test_faults.py
 
 test-lowest: ## all tests but the slow ones, with the lowest version of every direct dependency; needs uv
 	uv venv --clear --python 3.11 .venv-lowest
@@ -25,7 +30,7 @@ test-lowest: ## all tests but the slow ones, with the lowest version of every di
 	.venv-lowest/bin/python -m pytest -n $(PROCESSES)
 
 fuzz: ## damaged packed files, 100,000 of them
-	$(PYTHON) -m pytest -m slow tests/test_storage.py
+	$(PYTHON) -m pytest -m slow tests/storage/test_storage.py
 
 benchmarks: ## every benchmark, one after the other
 	for file in $$(grep -l __main__ benchmarks/*.py); do $(PYTHON) $$file || exit 1; done

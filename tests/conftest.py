@@ -3,7 +3,7 @@
 import os
 from types import SimpleNamespace
 
-import hub_server
+from helpers import hub_server
 
 # Read when the clients are imported. The address answers only where a test asks for the fixture `hub`.
 os.environ["HF_ENDPOINT"] = hub_server.ENDPOINT
@@ -14,10 +14,14 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from transformers import set_seed
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from helpers.models import tiny_backbone
+from PIL import Image as PILImage
+from transformers import ViTImageProcessor, set_seed
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +48,22 @@ def hub(tmp_path, monkeypatch):
     with hub_server.running() as server:
         yield server
     huggingface_hub.close_session()
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A folder with a tiny pretrained ViT and one with images whose brightness tells the class."""
+    tiny_backbone("vit").save_pretrained(tmp_path / "backbone")
+    size = {"height": 32, "width": 32}
+    ViTImageProcessor(size=size, image_mean=[0.4] * 3, image_std=[0.3] * 3).save_pretrained(tmp_path / "backbone")
+    features = Features({"image": Image(), "label": ClassLabel(names=["dark", "grey", "bright"])})
+    rng = np.random.default_rng(0)
+
+    def rows(count):
+        for index in range(count):
+            pixels = rng.integers(0, 80, (28, 28)) + 80 * (index % 3)
+            yield {"image": PILImage.fromarray(pixels.astype(np.uint8)), "label": index % 3}
+
+    splits = {name: Dataset.from_list(list(rows(n)), features=features) for name, n in (("train", 60), ("test", 30))}
+    DatasetDict(splits).save_to_disk(tmp_path / "data")
+    return tmp_path

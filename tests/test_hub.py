@@ -12,12 +12,12 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from hub_server import Fault
+from helpers.hub_server import Fault
+from helpers.models import tiny_model
+from helpers.recipes import run, write
+from helpers.training import fresh, make_trainer
 from huggingface_hub import HfApi, ModelCard
-from models import tiny_model
 from PIL import Image
-from test_recipe import run, task, write  # noqa: F401
-from test_trainer import fresh, make_trainer
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor, pipeline
 from transformers.utils.hub import PushInProgress
 
@@ -501,7 +501,7 @@ def test_hub_arguments(hub, tmp_path, monkeypatch):
     refuses(lambda: pushing_trainer(tmp_path / "run"), "Could not create me/run on the Hub", "refused (403)")
 
 
-def test_a_recipe_pushes_a_complete_folder(hub, task):  # noqa: F811
+def test_a_recipe_pushes_a_complete_folder(hub, task):
     run(task, method="hydra", push_to_hub=True, hub_model_id="me/recipe", max_steps=2, references=[])
     assert [commit.title for commit in hub.history("me/recipe")] == ["End of training", "initial commit"]
     figures = {f"figures/{name}.png" for name in ("density", "training", "prompt", "confusion")}
@@ -513,7 +513,7 @@ def test_a_recipe_pushes_a_complete_folder(hub, task):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_two_processes_push_once(hub, task):  # noqa: F811
+def test_two_processes_push_once(hub, task):
     settings = dict(
         model_name_or_path="./backbone",
         dataset_name="./data",

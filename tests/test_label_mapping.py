@@ -5,9 +5,9 @@ from itertools import permutations
 
 import pytest
 import torch
+from helpers.models import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import tiny_model
 from PIL import Image
 from transformers import ViTImageProcessor, pipeline
 

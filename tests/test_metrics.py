@@ -8,10 +8,10 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
+from helpers.models import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from models import tiny_model
 from scipy.special import softmax
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from transformers import EvalPrediction
@@ -151,7 +151,7 @@ TWO_PROCESSES = """
 import json, sys
 import numpy as np
 from accelerate import PartialState
-from models import tiny_model
+from helpers.models import tiny_model
 from vpns_hf import VPNsTrainer, VPNsTrainingArguments
 from vpns_hf.metrics import METRICS
 

@@ -1,0 +1,1 @@
+"""Models, data and runs that tests share."""
