@@ -67,7 +67,7 @@ def sparse_vit(sparsity: float) -> PromptedSparseModel:
 def sizes(folder: Path) -> str:
     """How far files are from the bound, with a random mask of the same sparsity on every prunable weight."""
     model = ViTForImageClassification(ViTConfig(num_labels=10))
-    weights, prunable, rows = model.state_dict(), list(masking.prunable_slots(model)), []
+    weights, prunable, rows = model.state_dict(), list(masking.find_prunable_weights(model)), []
     for dtype in (torch.float32, torch.bfloat16):
         for sparsity in SPARSITIES:
             masks = {name: torch.rand(weights[name].shape) >= sparsity for name in prunable}

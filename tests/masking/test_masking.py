@@ -82,7 +82,7 @@ def test_zeros_in_tensors_of_any_layout(tensor):
 
 def masked_layer(state):
     layer = nn.Linear(5, 4)
-    slots = masking.prunable_slots(layer)
+    slots = masking.find_prunable_weights(layer)
     if state == "search":
         masking.attach_scores(slots)
         masking.update_masks(slots, 0.5, "global")
@@ -96,7 +96,7 @@ def masked_layer(state):
 @pytest.mark.parametrize("state", ["search", "frozen"])
 def test_second_derivatives_go_through_masked_gradients(state):
     layer, mask = masked_layer(state)
-    x, weight = torch.randn(3, 5), masking.stored_weight(masking.prunable_slots(layer)["weight"])
+    x, weight = torch.randn(3, 5), masking.stored_weight(masking.find_prunable_weights(layer)["weight"])
     (gradient,) = torch.autograd.grad(layer(x).pow(3).sum(), weight, create_graph=True)
     (found,) = torch.autograd.grad(gradient.square().sum(), weight)
 
@@ -245,7 +245,7 @@ def test_straight_through_gradient_of_the_hydra_toy():
     The scores here start with the signs of the weights; ds carries sign(s).
     """
     layer = linear(torch.tensor([[0.5, -2.0, 1.0]]))
-    slots = masking.prunable_slots(layer)
+    slots = masking.find_prunable_weights(layer)
     masking.attach_scores(slots)
     part = masking.masked_weights(slots)["weight"]
     masking.update_masks(slots, 1 / 3, "global")
@@ -261,7 +261,7 @@ def test_straight_through_gradient_of_the_hydra_toy():
 
 def test_update_counts_flips():
     layer = linear(torch.tensor([[1.0, 2, 3, 4]]))
-    slots = masking.prunable_slots(layer)
+    slots = masking.find_prunable_weights(layer)
     masking.attach_scores(slots)
     assert masking.update_masks(slots, 0.5, "global") == 2
     assert masking.update_masks(slots, 0.5, "global") == 0
@@ -288,18 +288,20 @@ class Mixed(nn.Module):
 
 def test_prunable_weights_are_those_of_linear_and_convolution_layers():
     names = ["conv.weight", "depthwise.weight", "attention.in_proj_weight", "attention.out_proj.weight", "head.weight"]
-    assert list(masking.prunable_slots(Mixed())) == names
-    assert list(masking.prunable_slots(Mixed(), ["attention"])) == [n for n in names if not n.startswith("attention")]
-    assert list(masking.prunable_slots(Mixed(), ["out_proj"], skip=["head.weight"])) == names[:3]
+    assert list(masking.find_prunable_weights(Mixed())) == names
+    assert list(masking.find_prunable_weights(Mixed(), ["attention"])) == [
+        n for n in names if not n.startswith("attention")
+    ]
+    assert list(masking.find_prunable_weights(Mixed(), ["out_proj"], skip=["head.weight"])) == names[:3]
     with pytest.raises(ValueError, match="names 'headd'"):
-        masking.prunable_slots(Mixed(), ["headd"])
+        masking.find_prunable_weights(Mixed(), ["headd"])
 
 
 def test_shared_weights_are_refused():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
     with pytest.raises(ValueError, match=r"0\.weight and 1\.weight share"):
-        masking.prunable_slots(model)
+        masking.find_prunable_weights(model)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -307,7 +309,7 @@ def test_bare_parameters_are_masked_in_forward(training):
     """The projection of nn.MultiheadAttention is no layer of its own; its mask must reach the output all the same."""
     torch.manual_seed(0)
     model, images = Mixed().train(training), torch.randn(2, 3, 8, 8)
-    slots = masking.prunable_slots(model)
+    slots = masking.find_prunable_weights(model)
     masking.attach_scores(slots)
     masking.update_masks(slots, 0.5, "layer")
     searched = model(images)
@@ -333,7 +335,7 @@ OPTIMIZERS = {
 def test_frozen_weights_stay_exactly_zero(optimizer, autocast):
     torch.manual_seed(0)
     model = Mixed()
-    slots = masking.prunable_slots(model)
+    slots = masking.find_prunable_weights(model)
     masks = select_masks({name: masking.stored_weight(slot).abs() for name, slot in slots.items()}, 0.7, "layer")
     masking.freeze(slots, masks)
     masking.mask_gradients(slots)
@@ -356,7 +358,7 @@ def test_momentum_of_an_older_optimizer_leaks_and_is_undone():
     stepper = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     layer(torch.ones(2)).sum().backward()
     stepper.step()
-    slots = masking.prunable_slots(layer)
+    slots = masking.find_prunable_weights(layer)
     masking.freeze(slots, {"weight": bits("01").view(1, 2)})
     masking.mask_gradients(slots)
     stepper.zero_grad()

@@ -109,7 +109,7 @@ def test_layers_used_twice_and_several_weights_of_one_layer():
             return output.sum() + attended.square().sum()
 
     model, x, found = Shared(), torch.randn(2, 3, 6), []
-    slots = masking.prunable_slots(model)
+    slots = masking.find_prunable_weights(model)
     masking.attach_scores(slots)
     masking.update_masks(slots, 0.5, "layer")
     for context in (recomputing, nullcontext):

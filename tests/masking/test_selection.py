@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpns_hf.masking import topk as selection
-from vpns_hf.masking.topk import keep_largest, overwrite_masks
+from vpns_hf.masking.topk import overwrite_masks, top_k_mask
 
 
 def by_sorting(values, count, magnitude=False):
@@ -50,7 +50,7 @@ DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.fl
 def test_the_largest_are_kept_and_ties_go_to_the_first(contents, share, magnitude):
     values = [torch.from_numpy(content).to(dtype) for content, dtype in contents]
     count = round(share * sum(value.numel() for value in values))
-    found = keep_largest(values, count, magnitude)
+    found = top_k_mask(values, count, magnitude)
     for mask, expected in zip(found, by_sorting(values, count, magnitude), strict=True):
         assert torch.equal(mask, expected)
 
@@ -60,7 +60,7 @@ def test_a_selection_large_enough_for_the_bracket(count):
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(1000, 1000, generator=generator)
     thin = 0.01 * torch.randn(500_000, generator=generator)
-    found = keep_largest([wide.t(), thin], count, magnitude=True)
+    found = top_k_mask([wide.t(), thin], count, magnitude=True)
     expected = by_sorting([wide.t(), thin], count, magnitude=True)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
     assert found[0].is_contiguous()
@@ -68,7 +68,7 @@ def test_a_selection_large_enough_for_the_bracket(count):
 
 def test_tensors_of_different_precision_are_ranked_in_the_wider():
     close = 1 + 1e-12 * torch.arange(5, dtype=torch.float64)
-    found = keep_largest([torch.ones(3), -close], 2, magnitude=True)
+    found = top_k_mask([torch.ones(3), -close], 2, magnitude=True)
     assert [mask.int().tolist() for mask in found] == [[0, 0, 0], [0, 0, 0, 1, 1]]
 
 
@@ -80,7 +80,7 @@ def test_sizes_around_those_of_the_sample_and_of_a_piece(size, kind):
     values = torch.ones(size) if kind == "equal" else torch.randn(size, generator=generator)
     parts = values.split(500) if kind == "many tensors" else [values]
     for count in (0, size // 10, size):
-        found, expected = keep_largest(parts, count), by_sorting(parts, count)
+        found, expected = top_k_mask(parts, count), by_sorting(parts, count)
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
@@ -90,7 +90,7 @@ def test_the_bracket_leaves_little_to_rank(monkeypatch):
     monkeypatch.setattr(
         selection, "_keep_in_vector", lambda values, count: ranked.append(len(values)) or keep(values, count)
     )
-    keep_largest([torch.randn(2_000_000)], 200_000)
+    top_k_mask([torch.randn(2_000_000)], 200_000)
     assert len(ranked) == 1
     assert ranked[0] < 0.02 * 2_000_000
 
@@ -102,7 +102,7 @@ def test_nan_is_refused_wherever_it_is(position, count):
     values = torch.randn(200)
     values[position] = math.nan
     with pytest.raises(ValueError, match="NaN"):
-        keep_largest([values], count)
+        top_k_mask([values], count)
 
 
 @pytest.mark.usefixtures("small_pieces")

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from vpns_hf import VPNsTrainer
 from vpns_hf.masking import kept_count
 from vpns_hf.methods import METHODS, get_method
-from vpns_hf.methods.mask_schedules import AlternatingCompression, GradualSparsity, Moment, drop_and_grow
+from vpns_hf.methods.mask_schedules import AlternatingCompression, GradualSparsity, StageProgress, drop_and_grow
 
 SPARSITY = 0.9
 PRUNING = [name for name, method in METHODS.items() if name != "dense" and not method.needs_pruned]
@@ -208,10 +208,10 @@ def test_rigl_update_takes_the_place_of_a_step(tmp_path):
 
 def test_gradual_sparsity_follows_the_cubic_curve():
     gradual = GradualSparsity(start=0.0, end=1.0, updates=4)
-    values = [gradual.sparsity(Moment(step, 4, 0.9)) for step in range(5)]
+    values = [gradual.sparsity(StageProgress(step, 4, 0.9)) for step in range(5)]
     assert values == pytest.approx([0, 0.5203125, 0.7875, 0.8859375, 0.9])
-    assert GradualSparsity(end=0.75, updates=30).sparsity(Moment(75, 100, 0.9)) == 0.9
-    assert GradualSparsity(end=0.75, updates=30).sparsity(Moment(1, 1, 0.9)) == 0.9
+    assert GradualSparsity(end=0.75, updates=30).sparsity(StageProgress(75, 100, 0.9)) == 0.9
+    assert GradualSparsity(end=0.75, updates=30).sparsity(StageProgress(1, 1, 0.9)) == 0.9
 
 
 def test_gmp_is_monotone_and_exact_at_every_step(tmp_path):
@@ -220,13 +220,15 @@ def test_gmp_is_monotone_and_exact_at_every_step(tmp_path):
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
             if not args.output_dir.endswith("warm_up"):
-                seen.append((Moment(state.global_step, state.max_steps, SPARSITY), dict(_copies(model.masks()))))
+                seen.append(
+                    (StageProgress(state.global_step, state.max_steps, SPARSITY), dict(_copies(model.masks())))
+                )
 
     run(tmp_path, "gmp", callbacks=[Watch()], total_max_steps=20)
     total = sum(mask.numel() for mask in seen[0][1].values())
-    for moment, masks in seen:
+    for progress, masks in seen:
         kept = sum(int(mask.sum()) for mask in masks.values())
-        assert kept == kept_count(total, GradualSparsity().sparsity(moment))
+        assert kept == kept_count(total, GradualSparsity().sparsity(progress))
     for (_, before), (_, now) in itertools.pairwise(seen):
         assert all((before[name] | ~now[name]).all() for name in now)
     assert len({sum(int(mask.sum()) for mask in masks.values()) for _, masks in seen}) > 5
@@ -239,7 +241,7 @@ def _copies(masks):
 def test_acdc_phases():
     """The authors' schedule of 100 epochs: compressed at 10, 20, ..., 70 and 85, opened at 15, 25, ..., 65 and 75."""
     schedule = AlternatingCompression()
-    phases = [schedule.compressed(Moment(step, 100, 0.9)) for step in range(100)]
+    phases = [schedule.compressed(StageProgress(step, 100, 0.9)) for step in range(100)]
     assert [step for step in range(1, 100) if phases[step] and not phases[step - 1]] == [*range(10, 80, 10), 85]
     assert [step for step in range(1, 100) if phases[step - 1] and not phases[step]] == [*range(15, 75, 10), 75]
 
@@ -304,7 +306,7 @@ def test_best_model_is_not_one_from_before_it_was_pruned(method, tmp_path):
 
 def test_rigl_makes_as_many_updates_as_it_says():
     schedule = METHODS["rigl"].stages[-1].masks
-    updates = [step for step in range(1, 201) if schedule.needs_dense_gradients(Moment(step, 200, 0.9))]
+    updates = [step for step in range(1, 201) if schedule.needs_dense_gradients(StageProgress(step, 200, 0.9))]
     assert len(updates) == schedule.updates
     assert max(updates) < 0.75 * 200
 
@@ -356,11 +358,11 @@ def test_bip_weights_and_scores_both_meet_both_kinds_of_batches(tmp_path):
 @pytest.mark.parametrize("implicit", [0.0, 0.1])
 def test_gradient_of_scores(implicit):
     """HYDRA's toy: dL/dscores = weight * g * sign(score); BiP takes implicit * mask * g from the weight."""
-    from vpns_hf.masking import Slot, attach_scores, masked_weights
+    from vpns_hf.masking import PrunableWeight, attach_scores, masked_weights
 
     layer = torch.nn.Linear(3, 1, bias=False)
     layer.weight.data = torch.tensor([[0.5, -2.0, 1.0]])
-    slots = {"weight": Slot(layer, "weight")}
+    slots = {"weight": PrunableWeight(layer, "weight")}
     attach_scores(slots)
     part = masked_weights(slots)["weight"]
     part.mask[0, 0] = False
@@ -377,11 +379,11 @@ def test_gradient_of_scores(implicit):
 
 def test_movement_scores_rise_where_weights_move_away_from_zero():
     """Toy A: one SGD step of 0.1 on the scores, which start at zero and are ranked with their sign."""
-    from vpns_hf.masking import Slot, attach_scores, masked_weights
+    from vpns_hf.masking import PrunableWeight, attach_scores, masked_weights
 
     first, second = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 1, bias=False)
     first.weight.data, second.weight.data = torch.tensor([[1.0, -2.0], [3.0, 0.5]]), torch.tensor([[2.0, -1.0]])
-    slots = {"A": Slot(first, "weight"), "b": Slot(second, "weight")}
+    slots = {"A": PrunableWeight(first, "weight"), "b": PrunableWeight(second, "weight")}
     attach_scores(slots, signed=True)
     parts = masked_weights(slots)
     output = second(first(torch.tensor([1.0, 2.0])))

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, MobileViTConfig
 
-from vpns_hf.masking import prunable_slots, select_masks
+from vpns_hf.masking import find_prunable_weights, select_masks
 from vpns_hf.scores import SCORES, score_weights
 from vpns_hf.scores import table as scoring
 from vpns_hf.scores.layer_inputs import input_columns, observe_inputs
@@ -286,7 +286,7 @@ def test_synflow_leaves_the_range_of_float32():
 def test_wanda_norms_are_those_of_unfolded_inputs(family):
     backbone, batches = noisy_backbone(family), make_batches()
     found = score_weights("wanda", tiny_model(copy.deepcopy(backbone)), batches)
-    slots, seen = prunable_slots(backbone), {}
+    slots, seen = find_prunable_weights(backbone), {}
 
     def note(name, inputs, outputs):
         layer = slots[name].module

@@ -117,7 +117,7 @@ def test_a_resting_role_is_not_moved_by_momentum():
     optimizer.step()
     before = prompt.detach().clone(), scores.detach().clone()
     prompt.grad, scores.grad = torch.zeros(3), torch.zeros(3)
-    optimizer.resting = ("prompt",)
+    optimizer.skipped_roles = ("prompt",)
     optimizer.step()
     assert torch.equal(prompt, before[0])
     assert not torch.equal(scores, before[1])

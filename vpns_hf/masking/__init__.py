@@ -15,7 +15,7 @@ from .frozen import (
     unfreeze,
     zero_masked_weights,
 )
-from .prunable import MASK_SUFFIX, Slot, all_kept, dense_state, prunable_slots, stored_weight
+from .prunable import MASK_SUFFIX, PrunableWeight, all_kept, dense_state, find_prunable_weights, stored_weight
 from .search import MaskedWeight, attach_scores, detach_scores, masked_weights, update_masks
 from .selection import SCOPES, erk_densities, kept_count, select_masks
 
@@ -23,7 +23,7 @@ __all__ = [
     "MASK_SUFFIX",
     "SCOPES",
     "MaskedWeight",
-    "Slot",
+    "PrunableWeight",
     "all_kept",
     "attach_scores",
     "change_frozen_masks",
@@ -31,12 +31,12 @@ __all__ = [
     "dense_state",
     "detach_scores",
     "erk_densities",
+    "find_prunable_weights",
     "freeze",
     "frozen_masks",
     "kept_count",
     "mask_gradients",
     "masked_weights",
-    "prunable_slots",
     "select_masks",
     "stored_weight",
     "unfreeze",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import sharding
-from .prunable import MASK_SUFFIX, Slot, stored_weight
+from .prunable import MASK_SUFFIX, PrunableWeight, stored_weight
 from .topk import overwrite_masks
 from .zeros import masked, write_zeros
 
@@ -23,7 +23,7 @@ def overwrite(masks: Mapping[str, Tensor], selected: Mapping[str, Tensor]) -> in
     return flips
 
 
-def check_masks(masks: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> None:
+def check_masks(masks: Mapping[str, Tensor], slots: Mapping[str, PrunableWeight]) -> None:
     """Refuse masks that do not belong to these weights.
 
     Raises:
@@ -41,7 +41,7 @@ def check_masks(masks: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> None:
             )
 
 
-def freeze(slots: Mapping[str, Slot], masks: Mapping[str, Tensor]) -> None:
+def freeze(slots: Mapping[str, PrunableWeight], masks: Mapping[str, Tensor]) -> None:
     """Dense to frozen: write the zeros into the weights and keep each mask as buffer `<name>_mask`."""
     for name, slot in slots.items():
         weight = stored_weight(slot)
@@ -49,7 +49,7 @@ def freeze(slots: Mapping[str, Slot], masks: Mapping[str, Tensor]) -> None:
     zero_masked_weights(slots)
 
 
-def change_frozen_masks(slots: Mapping[str, Slot], masks: Mapping[str, Tensor]) -> int:
+def change_frozen_masks(slots: Mapping[str, PrunableWeight], masks: Mapping[str, Tensor]) -> int:
     """Replace frozen masks in place, write the zeros, and return how many entries changed.
 
     A weight that comes back starts at zero, unless its zero was not written yet.
@@ -59,26 +59,26 @@ def change_frozen_masks(slots: Mapping[str, Slot], masks: Mapping[str, Tensor]) 
     return flips
 
 
-def unfreeze(slots: Mapping[str, Slot]) -> None:
+def unfreeze(slots: Mapping[str, PrunableWeight]) -> None:
     """Frozen to dense: drop the masks, of gradients as well; the zeros stay in the weights."""
     for slot in slots.values():
         delattr(slot.module, slot.tensor_name + MASK_SUFFIX)
         stored_weight(slot)._backward_hooks = None
 
 
-def frozen_masks(slots: Mapping[str, Slot]) -> dict[str, Tensor]:
+def frozen_masks(slots: Mapping[str, PrunableWeight]) -> dict[str, Tensor]:
     """The mask buffers by weight name; frozen state only."""
     return {name: slot.module.get_buffer(slot.tensor_name + MASK_SUFFIX) for name, slot in slots.items()}
 
 
 @torch.no_grad()
-def zero_masked_weights(slots: Mapping[str, Slot]) -> None:
+def zero_masked_weights(slots: Mapping[str, PrunableWeight]) -> None:
     """Write exact zeros wherever a frozen mask is False."""
     for name, mask in frozen_masks(slots).items():
         write_zeros(sharding.local(stored_weight(slots[name])), sharding.local(mask))
 
 
-def mask_gradients(slots: Mapping[str, Slot]) -> None:
+def mask_gradients(slots: Mapping[str, PrunableWeight]) -> None:
     """Hook the weights so that pruned entries get no gradient.
 
     An optimizer made afterwards then holds no momentum or second moment for them and weight decay keeps 0 at 0, so
@@ -98,7 +98,7 @@ def mask_gradients(slots: Mapping[str, Slot]) -> None:
 
 
 class _GradientMask:
-    def __init__(self, slot: Slot):
+    def __init__(self, slot: PrunableWeight):
         self.slot = slot
 
     def __call__(self, grad: Tensor) -> Tensor:

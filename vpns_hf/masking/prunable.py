@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 MASK_SUFFIX = "_mask"
 
 
-class Slot(NamedTuple):
+class PrunableWeight(NamedTuple):
     """Where a prunable weight lives: `getattr(module, tensor_name)`."""
 
     module: nn.Module
@@ -31,9 +31,9 @@ def _weight_names(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-def prunable_slots(
+def find_prunable_weights(
     backbone: nn.Module, ignore_modules: Iterable[str] = (), skip: Iterable[str] = ()
-) -> dict[str, Slot]:
+) -> dict[str, PrunableWeight]:
     """Weights of linear and convolution layers (never biases, norms, tokens or position embeddings), in module order.
 
     Args:
@@ -52,7 +52,7 @@ def prunable_slots(
         if any(name == entry or name.startswith(f"{entry}.") for entry in ignored):
             continue
         for tensor_name in _weight_names(module):
-            full_name, slot = f"{name}.{tensor_name}".lstrip("."), Slot(module, tensor_name)
+            full_name, slot = f"{name}.{tensor_name}".lstrip("."), PrunableWeight(module, tensor_name)
             if full_name in set(skip):
                 continue
             if (owner := owners.setdefault(id(stored_weight(slot)), full_name)) != full_name:
@@ -73,19 +73,19 @@ def _matching_modules(entry: str, modules: Mapping[str, nn.Module]) -> list[str]
     return found
 
 
-def stored_weight(slot: Slot) -> Tensor:
+def stored_weight(slot: PrunableWeight) -> Tensor:
     """The parameter that stores the weight itself, whether or not it is parametrized."""
     if parametrize.is_parametrized(slot.module, slot.tensor_name):
         return parametrizations(slot).original
     return slot.module.get_parameter(slot.tensor_name)
 
 
-def all_kept(slots: Mapping[str, Slot]) -> dict[str, Tensor]:
+def all_kept(slots: Mapping[str, PrunableWeight]) -> dict[str, Tensor]:
     """A mask for each weight that prunes nothing."""
     return {name: torch.ones_like(stored_weight(slot), dtype=torch.bool) for name, slot in slots.items()}
 
 
-def parametrizations(slot: Slot) -> parametrize.ParametrizationList:
+def parametrizations(slot: PrunableWeight) -> parametrize.ParametrizationList:
     """Return the parametrizations of a masked weight."""
     by_tensor = cast(nn.ModuleDict, slot.module.parametrizations)
     return cast(parametrize.ParametrizationList, by_tensor[slot.tensor_name])

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from . import sharding
 from .frozen import overwrite
-from .prunable import Slot, parametrizations, stored_weight
+from .prunable import PrunableWeight, parametrizations, stored_weight
 from .recomputation import can_be_made_again
 from .selection import select
 from .zeros import masked
@@ -86,7 +86,7 @@ def initial_scores(weight: Tensor) -> Tensor:
     return math.sqrt(6 / fan_in) * weight / weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def attach_scores(slots: Mapping[str, Slot], signed: bool = False) -> None:
+def attach_scores(slots: Mapping[str, PrunableWeight], signed: bool = False) -> None:
     """Dense to search: parametrize every weight with [`MaskedWeight`], all weights kept until a mask is selected.
 
     Scores start at [`initial_scores`]; signed ones at zero (movement pruning, arXiv 2005.07683).
@@ -97,7 +97,7 @@ def attach_scores(slots: Mapping[str, Slot], signed: bool = False) -> None:
         parametrize.register_parametrization(slot.module, slot.tensor_name, masked, unsafe=True)
 
 
-def detach_scores(slots: Mapping[str, Slot]) -> None:
+def detach_scores(slots: Mapping[str, PrunableWeight]) -> None:
     """Search to dense: drop scores and masks and restore the weights as they are stored."""
     # Backwards, so that several weights of one module end in their own order.
     for slot in reversed(list(slots.values())):
@@ -123,13 +123,13 @@ def _move_to_front(parameters: dict[str, Any], name: str) -> None:
         parameters[other] = parameters.pop(other)
 
 
-def masked_weights(slots: Mapping[str, Slot]) -> dict[str, MaskedWeight]:
+def masked_weights(slots: Mapping[str, PrunableWeight]) -> dict[str, MaskedWeight]:
     """The parametrization of each weight, by weight name; search state only."""
     return {name: cast(MaskedWeight, parametrizations(slot)[0]) for name, slot in slots.items()}
 
 
 @torch.no_grad()
-def update_masks(slots: Mapping[str, Slot], sparsity: float, scope: str) -> int:
+def update_masks(slots: Mapping[str, PrunableWeight], sparsity: float, scope: str) -> int:
     """Select the masks anew from the scores and return how many entries changed."""
     masked = masked_weights(slots)
     signed = any(part.signed for part in masked.values())

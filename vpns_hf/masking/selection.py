@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import sharding
 from .sharded_topk import RankedGroup, refuse_nan, select_on_shards
-from .topk import NAN_SCORES, keep_largest
+from .topk import NAN_SCORES, top_k_mask
 
 
 def kept_count(total: int, sparsity: float) -> int:
@@ -104,9 +104,9 @@ def select(scores: Mapping[str, Tensor], sparsity: float, scope: str, magnitude:
         return {name: _keep_largest_in_rows(score, sparsity) for name, score in ranked.items()}
     if scope == "global":
         count = kept_count(sum(score.numel() for score in scores.values()), sparsity)
-        return dict(zip(scores, keep_largest(list(scores.values()), count, magnitude), strict=True))
+        return dict(zip(scores, top_k_mask(list(scores.values()), count, magnitude), strict=True))
     counts = _COUNTS[scope]({name: score.shape for name, score in scores.items()}, sparsity)
-    return {name: keep_largest([score], counts[name], magnitude)[0] for name, score in scores.items()}
+    return {name: top_k_mask([score], counts[name], magnitude)[0] for name, score in scores.items()}
 
 
 def _select_sharded_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str) -> dict[str, Tensor]:

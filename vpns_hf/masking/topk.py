@@ -26,7 +26,7 @@ _DEVIATIONS = 5
 
 
 @torch.no_grad()
-def keep_largest(values: Sequence[Tensor], count: int, magnitude: bool = False) -> list[Tensor]:
+def top_k_mask(values: Sequence[Tensor], count: int, magnitude: bool = False) -> list[Tensor]:
     """Masks that are True at exactly `count` largest entries of all tensors together.
 
     Args:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..masking.prunable import all_kept
 from ..masking.selection import select_masks
-from ..masking.topk import keep_largest
+from ..masking.topk import top_k_mask
 from ..model.modeling import PromptedSparseModel
 
 
 @dataclass(frozen=True)
-class Moment:
+class StageProgress:
     """Where a stage stands.
 
     Args:
@@ -33,13 +33,13 @@ class Moment:
     sparsity: float
 
     @property
-    def progress(self) -> float:
+    def fraction(self) -> float:
         """The share of the stage that is done, in [0, 1]."""
         return self.step / self.total
 
-    def before(self) -> Moment:
+    def before(self) -> StageProgress:
         """One step earlier."""
-        return Moment(self.step - 1, self.total, self.sparsity)
+        return StageProgress(self.step - 1, self.total, self.sparsity)
 
 
 class MaskSchedule:
@@ -61,7 +61,7 @@ class MaskSchedule:
         elif model.config.state == "dense":
             keep_all(model)
 
-    def is_final(self, moment: Moment) -> bool:
+    def is_final(self, progress: StageProgress) -> bool:
         """Whether the sparsity is that of the end of the stage, so that a model may be chosen as the best."""
         return True
 
@@ -69,12 +69,12 @@ class MaskSchedule:
         """Where optimizers keep momentum and the like after the mask has changed, True = kept."""
         return model.masks()
 
-    def needs_dense_gradients(self, moment: Moment) -> bool:
+    def needs_dense_gradients(self, progress: StageProgress) -> bool:
         """Whether this step changes the mask by gradients of pruned weights, in place of training."""
         return False
 
     def advance(
-        self, model: PromptedSparseModel, moment: Moment, gradients: Mapping[str, Tensor] | None = None
+        self, model: PromptedSparseModel, progress: StageProgress, gradients: Mapping[str, Tensor] | None = None
     ) -> int:
         """Change the mask after an optimizer step and return how many entries changed.
 
@@ -99,19 +99,19 @@ class GradualSparsity:
     end: float = 0.75
     updates: int = 30
 
-    def level(self, moment: Moment) -> int:
+    def level(self, progress: StageProgress) -> int:
         """How many updates are due by now."""
-        share = (moment.progress - self.start) / (self.end - self.start)
+        share = (progress.fraction - self.start) / (self.end - self.start)
         # A step that lies on the border of an update must not miss it by a rounding error.
         return math.floor(min(max(share, 0.0), 1.0) * self.updates + 1e-9)
 
-    def is_final(self, moment: Moment) -> bool:
+    def is_final(self, progress: StageProgress) -> bool:
         """Whether the last update is done."""
-        return self.level(moment) == self.updates
+        return self.level(progress) == self.updates
 
-    def sparsity(self, moment: Moment) -> float:
+    def sparsity(self, progress: StageProgress) -> float:
         """The sparsity after this step."""
-        return cubic_sparsity(self.level(moment) / self.updates, 0.0, moment.sparsity)
+        return cubic_sparsity(self.level(progress) / self.updates, 0.0, progress.sparsity)
 
 
 @dataclass(frozen=True)
@@ -128,16 +128,16 @@ class LearnedMasks(MaskSchedule):
         """Select the first mask."""
         model.set_sparsity(sparsity if self.gradual is None else 0.0)
 
-    def is_final(self, moment: Moment) -> bool:
+    def is_final(self, progress: StageProgress) -> bool:
         """Whether the sparsity has stopped rising."""
-        return self.gradual is None or self.gradual.is_final(moment)
+        return self.gradual is None or self.gradual.is_final(progress)
 
     def advance(
-        self, model: PromptedSparseModel, moment: Moment, gradients: Mapping[str, Tensor] | None = None
+        self, model: PromptedSparseModel, progress: StageProgress, gradients: Mapping[str, Tensor] | None = None
     ) -> int:
         """Select the mask from the scores."""
         if self.gradual is not None:
-            model.config.sparsity = self.gradual.sparsity(moment)
+            model.config.sparsity = self.gradual.sparsity(progress)
         return model.update_masks()
 
 
@@ -159,18 +159,18 @@ class GradualMagnitude(MaskSchedule):
         """Keep every weight."""
         keep_all(model)
 
-    def is_final(self, moment: Moment) -> bool:
+    def is_final(self, progress: StageProgress) -> bool:
         """Whether the last update is done."""
-        return self.gradual.is_final(moment)
+        return self.gradual.is_final(progress)
 
     def advance(
-        self, model: PromptedSparseModel, moment: Moment, gradients: Mapping[str, Tensor] | None = None
+        self, model: PromptedSparseModel, progress: StageProgress, gradients: Mapping[str, Tensor] | None = None
     ) -> int:
         """Prune where an update is due."""
         model.zero_masked_weights()
-        if self.gradual.level(moment) == self.gradual.level(moment.before()):
+        if self.gradual.level(progress) == self.gradual.level(progress.before()):
             return 0
-        return model.apply_masks(largest_weights(model, self.gradual.sparsity(moment)))
+        return model.apply_masks(largest_weights(model, self.gradual.sparsity(progress)))
 
 
 @dataclass(frozen=True)
@@ -199,32 +199,32 @@ class AlternatingCompression(MaskSchedule):
         """Keep every weight."""
         keep_all(model)
 
-    def is_final(self, moment: Moment) -> bool:
+    def is_final(self, progress: StageProgress) -> bool:
         """Whether the last compressed phase has begun."""
-        return moment.progress >= 1 - self.final
+        return progress.fraction >= 1 - self.final
 
     def kept_state(self, model: PromptedSparseModel) -> Mapping[str, Tensor]:
         """Nothing where a dense phase begins, and that of the kept weights where a compressed one does."""
         masks = model.masks()
         return {name: torch.zeros_like(mask) for name, mask in masks.items()} if model.sparsity == 0 else masks
 
-    def compressed(self, moment: Moment) -> bool:
+    def compressed(self, progress: StageProgress) -> bool:
         """Whether the step that follows is one of a compressed phase."""
-        if self.is_final(moment):
+        if self.is_final(progress):
             return True
-        if moment.progress < self.warm_up or moment.progress >= 1 - self.final - self.last_dense - 1e-9:
+        if progress.fraction < self.warm_up or progress.fraction >= 1 - self.final - self.last_dense - 1e-9:
             return False
-        return math.floor((moment.progress - self.warm_up) / self.phase + 1e-9) % 2 == 0
+        return math.floor((progress.fraction - self.warm_up) / self.phase + 1e-9) % 2 == 0
 
     def advance(
-        self, model: PromptedSparseModel, moment: Moment, gradients: Mapping[str, Tensor] | None = None
+        self, model: PromptedSparseModel, progress: StageProgress, gradients: Mapping[str, Tensor] | None = None
     ) -> int:
         """Compress or open the mask where a phase begins."""
         model.zero_masked_weights()
-        was, is_now = self.compressed(moment.before()), self.compressed(moment)
+        was, is_now = self.compressed(progress.before()), self.compressed(progress)
         if was == is_now:
             return 0
-        return model.apply_masks(largest_weights(model, moment.sparsity)) if is_now else keep_all(model)
+        return model.apply_masks(largest_weights(model, progress.sparsity)) if is_now else keep_all(model)
 
 
 @dataclass(frozen=True)
@@ -247,20 +247,20 @@ class RigL(MaskSchedule):
     uses_dense_gradients = True
     changes_frozen_masks = True
 
-    def needs_dense_gradients(self, moment: Moment) -> bool:
+    def needs_dense_gradients(self, progress: StageProgress) -> bool:
         """Whether an update is due."""
-        return self._level(moment) != self._level(moment.before()) and self._level(moment) <= self.updates
+        return self._level(progress) != self._level(progress.before()) and self._level(progress) <= self.updates
 
-    def _level(self, moment: Moment) -> int:
-        return math.floor(moment.progress / self.end * (self.updates + 1) + 1e-9)
+    def _level(self, progress: StageProgress) -> int:
+        return math.floor(progress.fraction / self.end * (self.updates + 1) + 1e-9)
 
     def advance(
-        self, model: PromptedSparseModel, moment: Moment, gradients: Mapping[str, Tensor] | None = None
+        self, model: PromptedSparseModel, progress: StageProgress, gradients: Mapping[str, Tensor] | None = None
     ) -> int:
         """Drop and grow."""
         if gradients is None:
-            return super().advance(model, moment)
-        fraction = self.fraction / 2 * (1 + math.cos(math.pi * moment.progress / self.end))
+            return super().advance(model, progress)
+        fraction = self.fraction / 2 * (1 + math.cos(math.pi * progress.fraction / self.end))
         weights, masks = model.prunable_weights(), model.masks()
         return model.apply_masks(
             {name: drop_and_grow(weights[name], mask, gradients[name], fraction) for name, mask in masks.items()}
@@ -281,8 +281,8 @@ def drop_and_grow(weight: Tensor, mask: Tensor, gradient: Tensor, fraction: floa
     """
     kept = int(mask.sum())
     dropped = int(fraction * kept)
-    (survivors,) = keep_largest([weight.abs().masked_fill(~mask, -math.inf)], kept - dropped)
-    (grown,) = keep_largest([gradient.abs().masked_fill(survivors, -math.inf)], dropped)
+    (survivors,) = top_k_mask([weight.abs().masked_fill(~mask, -math.inf)], kept - dropped)
+    (grown,) = top_k_mask([gradient.abs().masked_fill(survivors, -math.inf)], dropped)
     return survivors | grown
 
 

@@ -499,13 +499,13 @@ class PromptedSparseModel(SparseModel):
         self.config.label_mapping_state = "final" if final else "open"
 
     def _slice_head(self, mapped: list[int]) -> None:
-        self.gather()
+        self.unshard()
         config = copy.deepcopy(self.config)
         config.mapped_labels, config.label_mapping_state = mapped, "final"
         backbones.set_labels(config.backbone_config, config.id2label)
         sliced = self._rebuilt(config)
         sliced.load_state_dict(take_classes(self.state_dict(), sliced.state_dict(), mapped), assign=True)
-        self.become(sliced)
+        self.replace_with(sliced)
         if self.config.state == "search":
             self.update_masks()
         elif self.config.state == "frozen":

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification, BaseImageProcessor, Pr
 from .. import masking
 from ..masking import sharding
 from ..masking.frozen import mask_gradients
-from ..masking.prunable import MASK_SUFFIX, Slot, parametrizations, stored_weight
+from ..masking.prunable import MASK_SUFFIX, PrunableWeight, parametrizations, stored_weight
 from ..masking.search import MaskedWeight
 from .backbones import position_kwargs
 from .configuration import PromptedSparseConfig
@@ -58,10 +58,10 @@ class SparseModel(PreTrainedModel):
 
     # Parameters by role ----------------------------------------------------------------------------------------------
 
-    def slots(self) -> dict[str, masking.Slot]:
+    def slots(self) -> dict[str, masking.PrunableWeight]:
         """Where the prunable weights live, by backbone parameter name."""
         skip = self.config.head_parameters if self.config.new_head else ()
-        return masking.prunable_slots(self.backbone, self.config.ignore_modules, skip)
+        return masking.find_prunable_weights(self.backbone, self.config.ignore_modules, skip)
 
     def prunable_weights(self) -> dict[str, nn.Parameter]:
         """The parameters that store the prunable weights, by backbone parameter name, in any state."""
@@ -163,7 +163,7 @@ class SparseModel(PreTrainedModel):
                 values, which start in proportion to the weights (HYDRA, VPNs).
         """
         self._require("dense", "attach scores")
-        self.gather()
+        self.unshard()
         masking.attach_scores(self.slots(), signed)
         self.config.state, self.config.signed_scores = "search", signed
         self.train_only("scores", "prompt", "head")
@@ -173,7 +173,7 @@ class SparseModel(PreTrainedModel):
     def detach_scores(self) -> None:
         """Search to dense: drop scores and masks; all parameters become trainable."""
         self._require("search", "detach scores")
-        self.gather()
+        self.unshard()
         masking.detach_scores(self.slots())
         self.config.state, self.config.signed_scores = "dense", False
         self.train_only(*ROLES)
@@ -208,7 +208,7 @@ class SparseModel(PreTrainedModel):
         else:
             flips = sharding.count_true(mask ^ masks[name].to(mask.device) for name, mask in own.items())
             masks = {name: sharding.whole(mask) for name, mask in masks.items()}
-            self.gather()
+            self.unshard()
             if self.config.state == "search":
                 self.detach_scores()
             masking.freeze(self.slots(), masks)
@@ -224,7 +224,7 @@ class SparseModel(PreTrainedModel):
 
         With `keep_source_head` or a `"bayesian"` label mapping the plain model still has all source classes.
         """
-        self.gather()
+        self.unshard()
         if self.config.state == "search":
             self.freeze_masks()
         if self.config.state == "frozen":
@@ -270,7 +270,7 @@ class SparseModel(PreTrainedModel):
 
     # Other models in its place ---------------------------------------------------------------------------------------
 
-    def become(self, other: SparseModel) -> None:
+    def replace_with(self, other: SparseModel) -> None:
         """Take over another model's weights, state and configuration, so that references to this one stay good."""
         self.__setstate__(other.__dict__)
 
@@ -296,7 +296,7 @@ class SparseModel(PreTrainedModel):
         if self.config.state != "dense" and sharding.is_sharded(self.parameters()):
             _shard_masks(self.slots(), self.config.state)
 
-    def gather(self) -> None:
+    def unshard(self) -> None:
         """Undo `fully_shard`: every process holds the whole model again; all of them call this together.
 
         What changes the state of the model or the shape of its head does this by itself, because `fully_shard` cannot
@@ -308,10 +308,10 @@ class SparseModel(PreTrainedModel):
         whole.load_state_dict(sharding.full_state(self, on_every_process=True), assign=True)
         sharding.forget(self)
         self.__class__ = type(whole)
-        self.become(whole)
+        self.replace_with(whole)
 
 
-def _shard_masks(slots: Mapping[str, Slot], state: str) -> None:
+def _shard_masks(slots: Mapping[str, PrunableWeight], state: str) -> None:
     """Split the masks as `fully_shard` has split the weights; in the frozen state, mask the gradients of the parts.
 
     Args:

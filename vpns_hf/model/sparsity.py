@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from ..masking.prunable import Slot, stored_weight
+from ..masking.prunable import PrunableWeight, stored_weight
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def block_name(weight: str) -> str:
 
 def measure_sparsity(
     backbone: nn.Module,
-    slots: Mapping[str, Slot],
+    slots: Mapping[str, PrunableWeight],
     masks: Mapping[str, Tensor],
     image_size: Sequence[int] | None,
     forward_kwargs: Mapping[str, bool],
@@ -152,7 +152,7 @@ def measure_sparsity(
 @torch.no_grad()
 def _positions(
     backbone: nn.Module,
-    slots: Mapping[str, Slot],
+    slots: Mapping[str, PrunableWeight],
     image_size: Sequence[int] | None,
     forward_kwargs: Mapping[str, bool],
 ) -> dict[str, int]:

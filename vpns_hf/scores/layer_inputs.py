@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..masking.prunable import Slot
+from ..masking.prunable import PrunableWeight
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @contextmanager
-def observe_inputs(slots: Mapping[str, Slot], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def observe_inputs(slots: Mapping[str, PrunableWeight], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """While open, report every call of a layer that holds a prunable weight.
 
     Args:

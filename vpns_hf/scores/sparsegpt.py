@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import masking
-from ..masking.topk import keep_largest
+from ..masking.topk import top_k_mask
 from ..model.modeling import PromptedSparseModel
 from .layer_inputs import input_columns, observe_inputs
 from .table import Batches, dense_copy
@@ -71,7 +71,7 @@ def sparsegpt(
 
 
 def _execution_order(
-    model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], slots: Mapping[str, masking.Slot]
+    model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], slots: Mapping[str, masking.PrunableWeight]
 ) -> list[str]:
     order = dict[str, None]()
     with observe_inputs(slots, lambda name, inputs, outputs: order.setdefault(name)):
@@ -80,7 +80,7 @@ def _execution_order(
 
 
 def _hessian(
-    model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], name: str, slot: masking.Slot
+    model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], name: str, slot: masking.PrunableWeight
 ) -> Tensor:
     """`2 / n * sum(x x^T)` over the n inputs x of a layer, [groups, columns, columns]."""
     sums, counts = list[Tensor](), list[int]()
@@ -124,7 +124,7 @@ def prune_matrix(
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
         saliency = (weight[:, :, start:end] / scale[:, None, start:end]).square()
-        mask[:, :, start:end] = keep_largest([saliency], kept * end // columns - kept * start // columns)[0]
+        mask[:, :, start:end] = top_k_mask([saliency], kept * end // columns - kept * start // columns)[0]
         errors = torch.empty_like(saliency)
         for column in range(start, end):
             removed = weight[:, :, column].masked_fill(mask[:, :, column], 0)

@@ -44,7 +44,7 @@ class StageCallback(TrainerCallback):
         model, stage = self.trainer.model, self.trainer.stage
         if stage.prompt_noise:
             self._fill_prompt_with_noise(state.global_step)
-        if stage.masks.needs_dense_gradients(self.trainer.moment(state.global_step + 1)):
+        if stage.masks.needs_dense_gradients(self.trainer.progress(state.global_step + 1)):
             # Pruned weights are zero, so opening their masks changes no output and lets their gradients through.
             self._masks = {name: mask.clone() for name, mask in model.masks().items()}
             keep_all(model)
@@ -59,14 +59,14 @@ class StageCallback(TrainerCallback):
             name: torch.zeros_like(weight) if weight.grad is None else weight.grad
             for name, weight in model.prunable_weights().items()
         }
-        moment = self.trainer.moment(state.global_step + 1)
-        self._changed(self.trainer.stage.masks.advance(model, moment, gradients))
+        progress = self.trainer.progress(state.global_step + 1)
+        self._changed(self.trainer.stage.masks.advance(model, progress, gradients))
         # The update takes the place of the optimizer step.
         model.zero_grad(set_to_none=True)
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
-        moment = self.trainer.moment(state.global_step + 1)
-        self._changed(self.trainer.stage.masks.advance(self.trainer.model, moment))
+        progress = self.trainer.progress(state.global_step + 1)
+        self._changed(self.trainer.stage.masks.advance(self.trainer.model, progress))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
         self.trainer.counters.seconds += time.perf_counter() - self._started

@@ -56,14 +56,14 @@ class OptimizerByRole(torch.optim.Optimizer):
         turns: the roles that are stepped, in turn by step; none: all of them at every step.
 
     Attributes:
-        resting: roles that are not stepped as long as they are named here. A role without gradients rests anyway, but
+        skipped_roles: roles that are not stepped as long as they are named here. A role without gradients rests anyway, but
             DeepSpeed gives it zeros, and then momentum would move it.
     """
 
     def __init__(self, parts: Mapping[str, torch.optim.Optimizer], turns: Sequence[Collection[str]] = ()):
         self.parts = dict(parts)
         self.turns, self.steps = tuple(turns), 0
-        self.resting: Collection[str] = ()
+        self.skipped_roles: Collection[str] = ()
         for role, part in self.parts.items():
             for group in part.param_groups:
                 group["role"] = role
@@ -75,7 +75,7 @@ class OptimizerByRole(torch.optim.Optimizer):
             raise ValueError("OptimizerByRole takes no closure: the loss is computed once for all roles.")
         roles = self.turns[self.steps % len(self.turns)] if self.turns else self.parts
         for role, part in self.parts.items():
-            if role in roles and role not in self.resting:
+            if role in roles and role not in self.skipped_roles:
                 part.step()
         self.steps += 1
 

@@ -135,7 +135,7 @@ class ResumableTrainer(StageTrainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # A method that prunes gradually is better before it has pruned.
-        if not self.stage.masks.is_final(self.moment(self.state.global_step)):
+        if not self.stage.masks.is_final(self.progress(self.state.global_step)):
             return False
         return super()._determine_best_metric(metrics, trial)
 

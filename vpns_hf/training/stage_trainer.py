@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.batches import RoleBatchSampler, RoleDataset
 from ..masking import sharding
-from ..methods.mask_schedules import MaskSchedule, Moment
+from ..methods.mask_schedules import MaskSchedule, StageProgress
 from ..methods.stage import Method, Stage
 from ..model.modeling import PromptedSparseModel
 from .arguments import VPNsTrainingArguments
@@ -69,9 +69,9 @@ class StageTrainer(Trainer):
         """What is counted over the present stage."""
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Counters))
 
-    def moment(self, step: int) -> Moment:
+    def progress(self, step: int) -> StageProgress:
         """Where the present stage stands after this many steps."""
-        return Moment(step, self.state.max_steps, self.stage_sparsity)
+        return StageProgress(step, self.state.max_steps, self.stage_sparsity)
 
     # What is trained -------------------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class StageTrainer(Trainer):
         """One batch forward and backward."""
         if self._batches != "prompted":
             inputs = {**inputs, "use_prompt": False}
-        self._optimizer_by_role.resting = () if inputs.get("use_prompt", True) else ("prompt",)
+        self._optimizer_by_role.skipped_roles = () if inputs.get("use_prompt", True) else ("prompt",)
         self.counters.count_batch(len(inputs["pixel_values"]) * self.args.world_size)
         try:
             loss = super().training_step(model, self._mixed(inputs), *args, **kwargs)

@@ -191,7 +191,7 @@ class VPNsTrainer(HubTrainer):
             self.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False
         )
         # States change between stages, which a sharded model cannot follow.
-        self.model.gather()
+        self.model.unshard()
         self.model.eval_backbone = False
         return output
 
@@ -330,7 +330,7 @@ class VPNsTrainer(HubTrainer):
         loaded = type(self.model).from_pretrained(folder)
         # Copied, because tensors that are mapped from the file lie at other addresses, where kernels may sum in
         # another order.
-        self.model.become(copy.deepcopy(loaded).to(self.args.device, memory_format=_memory_format(self.model)))
+        self.model.replace_with(copy.deepcopy(loaded).to(self.args.device, memory_format=_memory_format(self.model)))
 
     # What the stages have done and will do ---------------------------------------------------------------------------
 
