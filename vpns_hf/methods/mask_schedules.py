@@ -43,19 +43,28 @@ class StageProgress:
 
 
 class MaskSchedule:
-    """Base: the mask stays as it is."""
+    """Base: the mask is frozen when the stage begins and stays as it is."""
 
+    # State of the model during the stage: "dense", "search" or "frozen".
+    state = "frozen"
+    # Scope in which masks are selected; None: the model's.
+    scope: str | None = None
+    # Whether the mask changes during the stage.
+    moves = False
     # Whether the mask changes by gradients of pruned weights.
     uses_dense_gradients = False
     # Whether the mask changes while weights train, so that optimizer state must be dropped with it.
     changes_frozen_masks = False
+    # Whether the gradient of the scores has a term that is quadratic in the loss (BiP).
+    has_implicit_gradient = False
 
-    def begin_search(self, model: PromptedSparseModel, sparsity: float) -> None:
-        """Select the mask that a stage in the search state starts with; `sparsity` is what it ends with."""
-        model.set_sparsity(sparsity)
+    def begin(self, model: PromptedSparseModel, sparsity: float) -> None:
+        """Bring the model into the state of the stage, with the mask that the stage starts with.
 
-    def begin_frozen(self, model: PromptedSparseModel) -> None:
-        """Freeze the mask that a stage in the frozen state starts with: the one there is."""
+        Args:
+            model: an unpruned model, or for the frozen state also a pruned one.
+            sparsity: sparsity at the end of the stage.
+        """
         if model.config.state == "search":
             model.freeze_masks()
         elif model.config.state == "dense":
@@ -114,19 +123,67 @@ class GradualSparsity:
         return cubic_sparsity(self.level(progress) / self.updates, 0.0, progress.sparsity)
 
 
+class Unmasked(MaskSchedule):
+    """All weights are kept and nothing is masked (dense state)."""
+
+    state = "dense"
+
+    def begin(self, model: PromptedSparseModel, sparsity: float) -> None:
+        """Drop scores and masks."""
+        if model.config.state == "search":
+            model.detach_scores()
+
+
 @dataclass(frozen=True)
-class LearnedMasks(MaskSchedule):
-    """The largest scores are kept, selected anew after every optimizer step (search state).
+class ScoredMasks(MaskSchedule):
+    """The largest scores are kept, selected once when the stage begins (search state).
 
     Args:
-        gradual: how the sparsity rises (movement pruning); None: it is the final one from the start.
+        scope: scope in which masks are selected; None: the model's.
+        signed: rank the scores themselves and start them at zero, instead of their absolute values.
+        implicit_gradient: BiP's 1 / gamma, see [`PromptedSparseModel.set_implicit_gradient`].
+    """
+
+    scope: str | None = None
+    signed: bool = False
+    implicit_gradient: float = 0.0
+
+    state = "search"
+
+    @property
+    def has_implicit_gradient(self) -> bool:  # type: ignore[override]
+        """Whether the gradient of the scores has BiP's implicit term."""
+        return self.implicit_gradient != 0
+
+    def begin(self, model: PromptedSparseModel, sparsity: float) -> None:
+        """Attach scores and select the first mask."""
+        if model.config.state == "search" and model.config.signed_scores != self.signed:
+            model.detach_scores()
+        if model.config.state == "dense":
+            model.attach_scores(signed=self.signed)
+        model.set_implicit_gradient(self.implicit_gradient)
+        model.set_sparsity(self.first_sparsity(sparsity))
+
+    def first_sparsity(self, sparsity: float) -> float:
+        """Return the sparsity that the stage starts with, for the one that it ends with."""
+        return sparsity
+
+
+@dataclass(frozen=True)
+class LearnedMasks(ScoredMasks):
+    """The largest scores are kept, selected again after every optimizer step (search state).
+
+    Args:
+        gradual: rise of the sparsity (movement pruning); None: the final sparsity from the start.
     """
 
     gradual: GradualSparsity | None = None
 
-    def begin_search(self, model: PromptedSparseModel, sparsity: float) -> None:
-        """Select the first mask."""
-        model.set_sparsity(sparsity if self.gradual is None else 0.0)
+    moves = True
+
+    def first_sparsity(self, sparsity: float) -> float:
+        """Return 0 where the sparsity rises."""
+        return sparsity if self.gradual is None else 0.0
 
     def is_final(self, progress: StageProgress) -> bool:
         """Whether the sparsity has stopped rising."""
@@ -153,9 +210,10 @@ class GradualMagnitude(MaskSchedule):
 
     gradual: GradualSparsity = GradualSparsity()
 
+    moves = True
     changes_frozen_masks = True
 
-    def begin_frozen(self, model: PromptedSparseModel) -> None:
+    def begin(self, model: PromptedSparseModel, sparsity: float) -> None:
         """Keep every weight."""
         keep_all(model)
 
@@ -193,9 +251,10 @@ class AlternatingCompression(MaskSchedule):
     last_dense: float = 0.1
     final: float = 0.15
 
+    moves = True
     changes_frozen_masks = True
 
-    def begin_frozen(self, model: PromptedSparseModel) -> None:
+    def begin(self, model: PromptedSparseModel, sparsity: float) -> None:
         """Keep every weight."""
         keep_all(model)
 
@@ -245,6 +304,7 @@ class RigL(MaskSchedule):
     updates: int = 15
 
     uses_dense_gradients = True
+    moves = True
     changes_frozen_masks = True
 
     def needs_dense_gradients(self, progress: StageProgress) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from transformers import TrainerCallback
 
 from .mask_schedules import MaskSchedule
 from .preparations import Preparation, Select
@@ -16,45 +18,34 @@ class Stage:
     """One training run of a method.
 
     Args:
-        name: shown in logs and in the folder of its checkpoints.
-        roles: what trains: any of `scores`, `prompt`, `head` (a new head) and `weights`; none: only `before` runs.
-        state: `"search"`: weights are masked by the mask that `masks` selects from scores. `"frozen"`: the zeros are
-            written into the weights. `"dense"`: nothing is masked.
-        length: whose epochs and steps of the arguments apply: `"warm_up"`, `"search"` or `"tune"`.
-        before: what runs before it, in order.
-        masks: what the mask does during the stage.
-        turns: the roles that are stepped, in turn by optimizer step; none: all roles at every step.
+        name: name in logs and in the folder of the checkpoints.
+        roles: trained roles, any of `scores`, `prompt`, `head` (a new head) and `weights`; none: only `before` runs.
+        length: epochs and steps of the arguments that apply: `"warm_up"`, `"search"` or `"tune"`. A warm-up trains
+            a new head and is skipped for a pretrained one.
+        before: preparations, run in order before the stage trains.
+        masks: schedule of the mask; the state of the model (dense, search, frozen) follows from it.
+        turns: roles stepped in turn, one entry per optimizer step; none: all roles at every step.
         batches: `"prompted"`: unaugmented prompted batches are mixed with augmented plain ones, as `prompt_mixing`
-            says. `"mixed"`: the same without the prompt. `"augmented"`: all are augmented and plain. `"default"`:
-            `"mixed"` if `mix_unaugmented` asks for it, else `"augmented"`; also where the model has no prompt.
-        prompt_noise: fill the prompt with noise before every step (a control).
-        augment_prompted: show prompted batches augmented, like plain ones (a control).
-        eval_backbone: leave the backbone in evaluation mode: no dropout, BatchNorm statistics stay.
-        signed_scores: rank the scores themselves and start them at zero, instead of their absolute values.
-        implicit_gradient: BiP's 1 / gamma.
-        scope: replaces the model's in selecting masks; None: the model's.
-        sparsity: replaces the sparsity asked for; 0 keeps every weight.
-        settings: replaces what the arguments say on the optimizer of a role.
-        only_new_head: skipped when the head is the pretrained one.
+            says. `"prompted_augmented"`: the same with augmented prompted batches. `"mixed"`: the same without the
+            prompt. `"augmented"`: all are augmented and plain. `"default"`: `"mixed"` if `mix_unaugmented` asks for
+            it, else `"augmented"`; also where the model has no prompt.
+        eval_backbone: whether the backbone stays in evaluation mode: no dropout, fixed BatchNorm statistics.
+        sparsity: sparsity in place of the one asked for; 0 keeps every weight.
+        settings: optimizer settings of a role in place of those of the arguments.
+        callbacks: callbacks of this stage alone, each made from the `StagePlan` of the stage.
     """
 
     name: str
     roles: frozenset[str]
-    state: Literal["search", "frozen", "dense"]
     length: Literal["warm_up", "search", "tune"]
     before: tuple[Preparation, ...] = ()
     masks: MaskSchedule = MaskSchedule()  # noqa: RUF009  # it has no state
     turns: tuple[frozenset[str], ...] = ()
-    batches: Literal["prompted", "mixed", "augmented", "default"] = "default"
-    prompt_noise: bool = False
-    augment_prompted: bool = False
+    batches: Literal["prompted", "prompted_augmented", "mixed", "augmented", "default"] = "default"
     eval_backbone: bool = False
-    signed_scores: bool = False
-    implicit_gradient: float = 0.0
-    scope: str | None = None
     sparsity: float | None = None
     settings: Mapping[str, RoleSettings] = field(default_factory=dict)
-    only_new_head: bool = False
+    callbacks: tuple[Callable[[Any], TrainerCallback], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ class Method:
             for entry in self.stages
             for stage in (entry.expand(sparsity) if isinstance(entry, Rounds) else [entry])
         ]
-        return tuple(stage for stage in expanded if new_head or not stage.only_new_head)
+        return tuple(stage for stage in expanded if new_head or stage.length != "warm_up")
 
 
 @dataclass(frozen=True)

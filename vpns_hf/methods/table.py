@@ -5,22 +5,32 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .mask_schedules import AlternatingCompression, GradualMagnitude, GradualSparsity, LearnedMasks, MaskSchedule, RigL
+from .mask_schedules import (
+    AlternatingCompression,
+    GradualMagnitude,
+    GradualSparsity,
+    LearnedMasks,
+    MaskSchedule,
+    RigL,
+    ScoredMasks,
+    Unmasked,
+)
 from .preparations import Preparation, RecalibrateBatchNorm, Reconstruct, Rewind, Select
+from .prompt_noise import PromptNoise
 from .stage import Method, RoleSettings, Rounds, Stage
 
 SCORES = frozenset({"scores", "head"})
 WEIGHTS = frozenset({"weights", "head"})
 PROMPT = frozenset({"prompt"})
 # Scores learned or measured under a random head mean nothing, so a new head is trained first, on the dense backbone.
-WARM_UP = Stage("warm_up", frozenset({"head"}), "search", "warm_up", sparsity=0.0, only_new_head=True)
-SEARCH = Stage("search", SCORES, "search", "search", masks=LearnedMasks())
-TUNE = Stage("tune", WEIGHTS, "frozen", "tune")
+WARM_UP = Stage("warm_up", frozenset({"head"}), "warm_up", masks=ScoredMasks(), sparsity=0.0)
+SEARCH = Stage("search", SCORES, "search", masks=LearnedMasks())
+TUNE = Stage("tune", WEIGHTS, "tune")
 PROMPTED_SEARCH = replace(SEARCH, roles=SCORES | PROMPT, batches="prompted")
 PROMPTED_TUNE = replace(TUNE, roles=WEIGHTS | PROMPT, batches="prompted")
-PROMPT_ALONE = Stage("prompt", PROMPT, "frozen", "tune", batches="prompted", eval_backbone=True)
+PROMPT_ALONE = Stage("prompt", PROMPT, "tune", batches="prompted", eval_backbone=True)
 # The head of a model that is pruned already, on the backbone as it is.
-PRUNED_WARM_UP = replace(WARM_UP, state="frozen", sparsity=None)
+PRUNED_WARM_UP = replace(WARM_UP, masks=MaskSchedule(), sparsity=None)
 
 
 def prune_and_tune(*before: Preparation) -> tuple[Stage, ...]:
@@ -30,7 +40,7 @@ def prune_and_tune(*before: Preparation) -> tuple[Stage, ...]:
 
 def prune_only(*before: Preparation) -> tuple[Stage, ...]:
     """Select a mask once and train nothing but a new head, before it."""
-    return WARM_UP, Stage("prune", frozenset(), "frozen", "tune", before)
+    return WARM_UP, Stage("prune", frozenset(), "tune", before)
 
 
 def _vpns(**changes: Any) -> tuple[Stage, ...]:
@@ -47,7 +57,7 @@ MAGNITUDE = Select("magnitude", needs_data=False)
 METHODS: dict[str, Method] = {
     "dense": Method(
         "Reference: all weights are tuned on the batches of VPNs without its prompt, nothing is pruned.",
-        (WARM_UP, replace(TUNE, state="dense", batches="mixed")),
+        (WARM_UP, replace(TUNE, masks=Unmasked(), batches="mixed")),
     ),
     # Learned masks
     "vpns": Method(
@@ -79,7 +89,7 @@ METHODS: dict[str, Method] = {
                 length="tune",
                 # Twice each, so that both meet unaugmented and augmented batches where these alternate.
                 turns=(WEIGHTS, WEIGHTS, frozenset({"scores"}), frozenset({"scores"})),
-                implicit_gradient=1e-4,
+                masks=LearnedMasks(implicit_gradient=1e-4),
             ),
         ),
     ),
@@ -91,9 +101,7 @@ METHODS: dict[str, Method] = {
                 SEARCH,
                 roles=SCORES | WEIGHTS,
                 length="tune",
-                signed_scores=True,
-                scope="layer",
-                masks=LearnedMasks(GradualSparsity(start=0.1)),
+                masks=LearnedMasks(scope="layer", signed=True, gradual=GradualSparsity(start=0.1)),
             ),
         ),
     ),
@@ -115,7 +123,7 @@ METHODS: dict[str, Method] = {
         "paper's comparison.",
         (
             WARM_UP,
-            replace(TUNE, name="dense", state="dense", length="search"),
+            replace(TUNE, name="dense", masks=Unmasked(), length="search"),
             replace(TUNE, before=(MAGNITUDE, Rewind())),
         ),
     ),
@@ -188,7 +196,7 @@ METHODS: dict[str, Method] = {
     ),
     "linear_probe": Method(
         "Train a new head alone on the backbone as it is pruned; BatchNorm statistics stay.",
-        (Stage("probe", frozenset({"head"}), "frozen", "tune", eval_backbone=True),),
+        (Stage("probe", frozenset({"head"}), "tune", eval_backbone=True),),
         backbone={"new_head": True},
         needs_pruned=True,
     ),
@@ -206,13 +214,13 @@ METHODS: dict[str, Method] = {
     ),
     "vpns_noise_prompt": Method(
         "Control: the loop of VPNs with noise in place of the learned prompt, on the same pixels.",
-        _hydra(batches="prompted", prompt_noise=True),
+        _hydra(batches="prompted", callbacks=(PromptNoise,)),
         uses_prompt=True,
         is_control=True,
     ),
     "vpns_augmented_prompt": Method(
         "Control: VPNs with prompted batches augmented, like plain ones.",
-        _vpns(augment_prompted=True),
+        _vpns(batches="prompted_augmented"),
         uses_prompt=True,
         is_control=True,
     ),
@@ -246,7 +254,7 @@ METHODS: dict[str, Method] = {
     ),
     "recalibrate_only": Method(
         "Control: recalibrate BatchNorm statistics of the model as it is pruned, and train nothing.",
-        (Stage("recalibrate", frozenset(), "frozen", "tune", (RecalibrateBatchNorm(),)),),
+        (Stage("recalibrate", frozenset(), "tune", (RecalibrateBatchNorm(),)),),
         needs_pruned=True,
         is_control=True,
     ),
@@ -298,7 +306,7 @@ def _mask_alone(name: str) -> Method:
     *first, last = method.stages
     if method.needs_pruned or name == "dense" or name.endswith(WITH_PROMPT):
         raise ValueError(f"`method` is '{name}{MASK_ALONE}', but {name} finds no mask of its own.")
-    if isinstance(last, Rounds) or last.state != "frozen" or type(last.masks) is not MaskSchedule:
+    if isinstance(last, Rounds) or last.masks.moves or last.masks.state != "frozen":
         # Its mask moves until the end.
         return method
     stages = (*first, replace(last, name="prune", roles=frozenset())) if last.before else tuple(first)

@@ -65,12 +65,6 @@ class VPNsTrainingArguments(TrainingArguments):
     calibration_images_per_class: int = field(
         default=10, metadata={"help": "Training images of each class that one-shot scores are measured on."}
     )
-    prompt_noise: float = field(
-        default=0.01,
-        metadata={
-            "help": "Standard deviation of the parameters of the prompt in vpns_noise_prompt: pixel values, for pad."
-        },
-    )
     consistency_check_steps: int = field(
         default=50,
         metadata={

@@ -48,7 +48,7 @@ def check_data(*datasets: Any) -> None:
 
 def check_stages(stages: Sequence[Stage], args: VPNsTrainingArguments) -> None:
     """Raise unless the stages can train in the precision and the steps that the arguments ask for."""
-    if args.fp16 and any(stage.implicit_gradient or stage.masks.uses_dense_gradients for stage in stages):
+    if args.fp16 and any(stage.masks.has_implicit_gradient or stage.masks.uses_dense_gradients for stage in stages):
         # The loss scale would enter the implicit gradient squared, and a step without gradients cannot be scaled.
         raise ValueError(f"`method={args.method!r}` does not work with fp16; use bf16 or float32.")
     if args.fp16 and args.device.type == "cpu":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from ..model.modeling import PromptedSparseModel
@@ -53,9 +53,22 @@ class Counters(TrainerCallback, ExportableState):
     logged_loss: float = 0.0
     loss: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._started = 0.0
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
+        self.seconds += time.perf_counter() - self._started
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback."""
-        return {"args": dict(vars(self)), "attributes": {}}
+        return {"args": asdict(self), "attributes": {}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore the counts of a checkpoint."""
+        self.__dict__.update(state)
 
     def reset(self) -> None:
         """Count from zero again."""
@@ -95,3 +108,12 @@ class Counters(TrainerCallback, ExportableState):
 
     def _count_backward(self, images: int) -> None:
         self.backward_images += images
+
+
+def trained_weights(model: PromptedSparseModel, roles: Collection[str]) -> int:
+    """Return the number of parameters that stages with these roles train, without the pruned ones."""
+    by_role = model.parameters_by_role()
+    trained = sum(parameter.numel() for role in roles for parameter in by_role[role].values())
+    if "weights" in roles:
+        trained -= sum(int((~mask).sum()) for mask in model.masks().values())
+    return trained

@@ -56,8 +56,8 @@ class OptimizerByRole(torch.optim.Optimizer):
         turns: the roles that are stepped, in turn by step; none: all of them at every step.
 
     Attributes:
-        skipped_roles: roles that are not stepped as long as they are named here. A role without gradients rests anyway, but
-            DeepSpeed gives it zeros, and then momentum would move it.
+        skipped_roles: roles that are not stepped while they are named here. A role without gradients is not stepped
+            anyway, but DeepSpeed gives it zeros, and then momentum would move it.
     """
 
     def __init__(self, parts: Mapping[str, torch.optim.Optimizer], turns: Sequence[Collection[str]] = ()):

@@ -1,18 +1,29 @@
-"""Describe the stages of a run as values."""
+"""Plan the stages of a run as values, before any of them trains."""
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.batches import RoleBatchSampler
+from ..methods.mask_schedules import StageProgress
+from ..methods.stage import Stage
+from .arguments import VPNsTrainingArguments
+from .run_record import stage_folder
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """How one stage of the run trained.
+    """Length and optimizers of a stage, as the model card and the dry run report them.
 
     Args:
-        name: of the stage.
-        steps: its optimizer steps.
-        roles: role -> (optimizer, learning rate).
+        name: name of the stage.
+        steps: optimizer steps.
+        roles: optimizer and learning rate of each trained role.
     """
 
     name: str
@@ -20,6 +31,124 @@ class StageSettings:
     roles: dict[str, tuple[str, float]]
 
     def row(self) -> tuple[str, str, str]:
-        """The stage as a row of a table: name, what trained and how, steps."""
+        """Return the stage as a row of a table: name, trained roles, steps."""
         trained = ", ".join(f"{role}: {optim} at {rate:g}" for role, (optim, rate) in sorted(self.roles.items()))
         return self.name.replace("_", " "), trained or "nothing", f"{self.steps:,}"
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a run.
+
+    Args:
+        stage: the stage of the method.
+        index: position in the run, from 0.
+        sparsity: sparsity at the end of the stage, a fraction.
+        scope: scope in which masks are selected.
+        batches: kind of the batches, as in [`Stage`], with `"default"` resolved.
+        args: the run's arguments with the folder and the length of this stage; the others are the run's own.
+        steps: optimizer steps; 0 for a stage that trains nothing.
+    """
+
+    stage: Stage
+    index: int
+    sparsity: float
+    scope: str
+    batches: str
+    args: VPNsTrainingArguments
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Name of the stage."""
+        return self.stage.name
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the stage's checkpoints and model."""
+        return Path(self.args.output_dir)
+
+    def progress(self, step: int, total: int) -> StageProgress:
+        """Return how far the stage is after `step` of `total` optimizer steps."""
+        return StageProgress(step, total, self.sparsity)
+
+    def sampler(self, rows: int) -> RoleBatchSampler:
+        """Return the sampler of the training batches for a data set of that many rows."""
+        return _sampler(self.stage, self.index, self.batches, self.args, rows)
+
+    def settings(self, present: Collection[str]) -> StageSettings:
+        """Return length and optimizers for a model that has parameters of the roles `present`."""
+        chosen = {role: self.args.role_settings(role, self.stage) for role in sorted(self.stage.roles & set(present))}
+        roles = {role: (settings.optim, settings.learning_rate) for role, settings in chosen.items()}
+        return StageSettings(self.name, self.steps, roles)
+
+
+def plan_stages(
+    stages: Sequence[Stage], args: VPNsTrainingArguments, *, sparsity: float, scope: str, has_prompt: bool, rows: int
+) -> list[StagePlan]:
+    """Plan the stages of a run.
+
+    Args:
+        stages: the stages of the method, in order.
+        args: arguments of the run.
+        sparsity: sparsity asked for, a fraction.
+        scope: the model's scope.
+        has_prompt: whether the model has a prompt.
+        rows: number of training images; 0 if nothing will be trained.
+    """
+    return [_plan(index, stages, args, sparsity, scope, has_prompt, rows) for index in range(len(stages))]
+
+
+def _plan(
+    index: int,
+    stages: Sequence[Stage],
+    args: VPNsTrainingArguments,
+    sparsity: float,
+    scope: str,
+    has_prompt: bool,
+    rows: int,
+) -> StagePlan:
+    stage = stages[index]
+    batches = _resolved_batches(stage, args, has_prompt)
+    epochs, max_steps = args.stage_length(stage, stages)
+    epoch_steps = _steps(_sampler(stage, index, batches, args, rows), args, epochs) if rows else 0
+    if stage.length == "warm_up" and args.max_steps > 0:
+        max_steps = min(args.max_steps, epoch_steps)
+    stage_args = copy.copy(args)
+    stage_args.output_dir = str(stage_folder(Path(args.output_dir), index, stage.name))
+    stage_args.num_train_epochs, stage_args.max_steps = epochs, max_steps
+    stage_args.load_best_model_at_end = args.load_best_model_at_end and index == len(stages) - 1
+    return StagePlan(
+        stage=stage,
+        index=index,
+        sparsity=sparsity if stage.sparsity is None else stage.sparsity,
+        scope=stage.masks.scope or scope,
+        batches=batches,
+        args=stage_args,
+        steps=(max_steps if max_steps > 0 else epoch_steps) if stage.roles else 0,
+    )
+
+
+def _resolved_batches(stage: Stage, args: VPNsTrainingArguments, has_prompt: bool) -> str:
+    if stage.batches == "default" or (stage.batches.startswith("prompted") and not has_prompt):
+        return "mixed" if args.mix_unaugmented else "augmented"
+    return stage.batches
+
+
+def _sampler(stage: Stage, index: int, batches: str, args: VPNsTrainingArguments, rows: int) -> RoleBatchSampler:
+    mixing: Any = "never" if batches == "augmented" else args.prompt_mixing
+    if stage.roles == {"prompt"}:
+        # A plain batch would give the prompt no gradient.
+        mixing = "always"
+    return RoleBatchSampler(
+        rows,
+        args.train_batch_size,
+        mixing,
+        window=args.gradient_accumulation_steps * args.world_size,
+        seed=(args.seed if args.data_seed is None else args.data_seed) + index,
+    )
+
+
+def _steps(sampler: RoleBatchSampler, args: VPNsTrainingArguments, epochs: float) -> int:
+    batches_a_step = args.gradient_accumulation_steps * args.world_size
+    return math.ceil(epochs * math.ceil(len(sampler) / batches_a_step))

@@ -22,6 +22,11 @@ _LEFTOVERS = (f"{STAGES_NAME}.tmp", "first_state.tmp", f"{MODEL_FOLDER}.tmp", UN
 logger = logging.getLogger(__name__)
 
 
+def stage_folder(run_folder: Path, index: int, name: str) -> Path:
+    """Return the folder of a stage: its checkpoints and, once it has ended, its model and log."""
+    return run_folder / f"{index}-{name}"
+
+
 @dataclass(frozen=True)
 class FinishedStage:
     """A stage that ended.
@@ -37,6 +42,15 @@ class FinishedStage:
     steps: int
     metrics: dict[str, float]
     cost: Cost = field(default_factory=Cost)
+
+    def summary(self, density: float) -> str:
+        """Return steps, density and accuracies in one line."""
+        accuracies = [
+            f"{name.removeprefix('eval_').replace('_', ' ')} {value:.2%}"
+            for name, value in self.metrics.items()
+            if name.startswith("eval_accuracy")
+        ]
+        return ", ".join([f"{self.steps} steps", f"density {density:.2%}", *accuracies])
 
 
 @dataclass
@@ -93,10 +107,6 @@ class RunRecord:
                 for path in folder.glob(pattern):
                     remove(path)
 
-    def stage_folder(self, index: int, name: str) -> Path:
-        """Where a stage keeps its checkpoints and, once it has ended, its model and log."""
-        return self.folder / f"{index}-{name}"
-
     def finished_folder(self, name: str) -> Path:
         """The folder of a stage that has ended.
 
@@ -106,7 +116,7 @@ class RunRecord:
         names = [stage.name for stage in self.finished]
         if name not in names:
             raise ValueError(f"No stage {name!r} has ended in {self.folder}; finished: {', '.join(names) or 'none'}.")
-        return self.stage_folder(names.index(name), name)
+        return stage_folder(self.folder, names.index(name), name)
 
     def find_checkpoint(self, names: Sequence[str], resume_from_checkpoint: str | bool | None) -> Path | None:
         """Where to resume; drops from the record what comes after that checkpoint.
@@ -128,7 +138,10 @@ class RunRecord:
                     "choose another `output_dir`."
                 )
             return None
-        done, folders = len(self.finished), [self.stage_folder(index, name) for index, name in enumerate(names)]
+        done, folders = (
+            len(self.finished),
+            [stage_folder(self.folder, index, name) for index, name in enumerate(names)],
+        )
         if resume_from_checkpoint is True:
             return last_complete_checkpoint(folders[done]) if done < len(folders) else None
         checkpoint, folders = Path(resume_from_checkpoint).resolve(), [folder.resolve() for folder in folders]

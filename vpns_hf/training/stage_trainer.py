@@ -1,7 +1,17 @@
-"""`StageTrainer`: one stage as a run of transformers' Trainer, its batches, optimizers and metrics by role."""
+"""`StageTrainer`: one stage as a run of transformers' Trainer.
+
+The only module that overrides or reads private members of Trainer.
+"""
 
 from __future__ import annotations
 
+import copy
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,29 +21,29 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
-from transformers import Trainer, TrainerState
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from ..data.batches import RoleBatchSampler, RoleDataset
+from ..data.batches import RoleDataset
 from ..masking import sharding
-from ..methods.mask_schedules import MaskSchedule, StageProgress
-from ..methods.stage import Method, Stage
 from ..model.modeling import PromptedSparseModel
 from .arguments import VPNsTrainingArguments
+from .checkpoints import UNFINISHED_CHECKPOINT, publish_checkpoint, writing
 from .counters import Counters
-from .label_mapper import LabelMapper
 from .optimizers import OptimizerByRole, build_optimizer, learning_rate_factor, weight_groups
+from .plan import StagePlan
+
+logger = logging.getLogger(__name__)
 
 
 class StageTrainer(Trainer):
-    """Trains what the present stage says on batches that are prompted or plain, and evaluates both ways.
+    """Train one stage on batches that are prompted or plain, resume it bit for bit, and evaluate with both.
 
     Attributes:
-        method: the method that the stage is of.
-        stage: the present stage.
-        stage_index: its place in the run.
+        plan: plan of the present stage.
+        evaluates_prompt: whether the method evaluates with the prompt, too.
         prompted_train_dataset: the rows of `train_dataset` as prompted batches show them.
-        label_mapper: keeps the model's label mapping.
     """
 
     # The loss is the mean over its own batch, so Trainer must divide by the accumulation steps.
@@ -45,63 +55,71 @@ class StageTrainer(Trainer):
     label_smoother: Any
     model_wrapped: Any
     state: TrainerState
-    method: Method
-    stage: Stage
-    stage_index: int
+    plan: StagePlan
+    evaluates_prompt: bool
     prompted_train_dataset: Any
-    label_mapper: LabelMapper
-    _sparsity: float
     _evaluates_prompted = False
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
+    def __init__(self, callbacks: list[TrainerCallback], **kwargs: Any):
+        super().__init__(callbacks=[_RestoredLosses(self), Counters(), *callbacks], **kwargs)
         if self.label_smoother is not None:
             # Trainer's own does not take class probabilities, as MixUp gives.
             self.label_smoother = self._smoothed_loss
 
     @property
-    def stage_sparsity(self) -> float:
-        """The sparsity that the present stage ends with."""
-        return self._sparsity if self.stage.sparsity is None else self.stage.sparsity
-
-    @property
     def counters(self) -> Counters:
-        """What is counted over the present stage."""
+        """Counters of the present stage. Trainer replaces the callback when it resumes."""
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Counters))
 
-    def progress(self, step: int) -> StageProgress:
-        """Where the present stage stands after this many steps."""
-        return StageProgress(step, self.state.max_steps, self.stage_sparsity)
+    def train_stage(self, checkpoint: Path | None = None, **kwargs: Any) -> TrainOutput:
+        """Train the present stage, from a checkpoint of it if one is given.
+
+        Args:
+            checkpoint: folder of a complete checkpoint.
+            kwargs: passed to [`~transformers.Trainer.train`].
+        """
+        callbacks = [make(self.plan) for make in self.plan.stage.callbacks]
+        for callback in callbacks:
+            self.add_callback(callback)
+        try:
+            if checkpoint is not None and _is_at_the_end(checkpoint):
+                return self._restore_end(checkpoint)
+            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+        finally:
+            for callback in callbacks:
+                self.remove_callback(callback)
+
+    def _restore_end(self, checkpoint: Path) -> TrainOutput:
+        """Restore a stage whose last step is in the checkpoint. Trainer would train one more step."""
+        logger.warning("No step of the stage %s is left after %s, so none is trained.", self.plan.name, checkpoint)
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.counters.restore(self.state.stateful_callbacks[Counters.__name__]["args"])
+        self._load_weights(str(checkpoint))
+        self._total_loss_scalar = self.counters.logged_loss + self.counters.loss
+        metrics = {"train_runtime": 0.0, "total_flos": self.state.total_flos, "train_loss": 0.0}
+        self.log(metrics)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
+
+    @contextmanager
+    def using(self, args: VPNsTrainingArguments) -> Iterator[None]:
+        """Use other arguments inside a `with` block; those of the run stay as they are."""
+        run_args, self.args = self.args, args
+        try:
+            yield
+        finally:
+            self.args = run_args
 
     # What is trained -------------------------------------------------------------------------------------------------
 
-    @property
-    def _batches(self) -> str:
-        """What the batches of the stage are, where it leaves that to the arguments or the model has no prompt."""
-        batches = self.stage.batches
-        if batches == "default" or (batches == "prompted" and self.model.prompt is None):
-            return "mixed" if self.args.mix_unaugmented else "augmented"
-        return batches
-
-    def _sampler(self) -> RoleBatchSampler:
-        mixing: Any = "never" if self._batches == "augmented" else self.args.prompt_mixing
-        if self.stage.roles == {"prompt"}:
-            # A plain batch would teach nothing.
-            mixing = "always"
-        return RoleBatchSampler(
-            len(self.train_dataset),
-            self._train_batch_size,
-            mixing,
-            window=self.args.gradient_accumulation_steps * self.args.world_size,
-            seed=(self.args.seed if self.args.data_seed is None else self.args.data_seed) + self.stage_index,
-        )
-
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of one role each, as the stage and `args.prompt_mixing` say."""
+        """Return batches of one role each, as the stage and `args.prompt_mixing` say."""
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`.")
-        sampler = self._sampler()
-        prompted = self.train_dataset if self.stage.augment_prompted else self.prompted_train_dataset
+        sampler = self.plan.sampler(len(self.train_dataset))
+        is_augmented = self.plan.batches == "prompted_augmented"
+        prompted = self.train_dataset if is_augmented else self.prompted_train_dataset
         dataset = RoleDataset(self.train_dataset, prompted, sampler)
         loader = DataLoader(
             dataset,
@@ -122,15 +140,15 @@ class StageTrainer(Trainer):
             decayed = set(self.get_decay_parameter_names(self.model))
             parts = {}
             for role, parameters in self.model.parameters_by_role().items():
-                if role not in self.stage.roles or not parameters:
+                if role not in self.plan.stage.roles or not parameters:
                     continue
                 # Scores and prompt are single tensors without norms or biases: all of them decay.
                 in_decay = decayed if role in ("weights", "head") else set(parameters)
                 groups = weight_groups(parameters, in_decay, self.args.weight_decay)
                 parts[role] = build_optimizer(
-                    groups, self.args.role_settings(role, self.stage), self.args, self.args.momentum
+                    groups, self.args.role_settings(role, self.plan.stage), self.args, self.args.momentum
                 )
-            self._optimizer_by_role = self.optimizer = OptimizerByRole(parts, self.stage.turns)
+            self._optimizer_by_role = self.optimizer = OptimizerByRole(parts, self.plan.stage.turns)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
@@ -139,7 +157,7 @@ class StageTrainer(Trainer):
             optimizer = optimizer or self.optimizer
             factors = [
                 learning_rate_factor(
-                    self.args.role_settings(group["role"], self.stage).lr_scheduler_type,
+                    self.args.role_settings(group["role"], self.plan.stage).lr_scheduler_type,
                     self.args.get_warmup_steps(num_training_steps),
                     num_training_steps,
                     **(self.args.lr_scheduler_kwargs or {}),
@@ -147,12 +165,11 @@ class StageTrainer(Trainer):
                 for group in optimizer.param_groups
             ]
             self.lr_scheduler = LambdaLR(optimizer, factors)
-            self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One batch forward and backward."""
-        if self._batches != "prompted":
+        if not self.plan.batches.startswith("prompted"):
             inputs = {**inputs, "use_prompt": False}
         self._optimizer_by_role.skipped_roles = () if inputs.get("use_prompt", True) else ("prompt",)
         self.counters.count_batch(len(inputs["pixel_values"]) * self.args.world_size)
@@ -162,7 +179,7 @@ class StageTrainer(Trainer):
             if "more than 1 value per channel" in str(error):
                 raise ValueError(
                     "BatchNorm cannot train on a batch of one image whose features are 1 x 1 pixels, and there is one "
-                    f"in {len(self.train_dataset)} images in batches of {self._train_batch_size}; choose another "
+                    f"in {len(self.train_dataset)} images in batches of {self.args.train_batch_size}; choose another "
                     "`per_device_train_batch_size`, of at least 2."
                 ) from error
             raise
@@ -177,7 +194,7 @@ class StageTrainer(Trainer):
         if not mixers:
             return inputs
         # A function of the images seen, so that a resumed run mixes the same ones.
-        key = [self.args.seed, self.stage_index, self.counters.images, self.args.process_index]
+        key = [self.args.seed, self.plan.index, self.counters.images, self.args.process_index]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
             images, labels = v2.RandomChoice(mixers)(inputs["pixel_values"], inputs["labels"])
@@ -187,9 +204,9 @@ class StageTrainer(Trainer):
         return F.cross_entropy(outputs.logits.float(), labels, label_smoothing=self.args.label_smoothing_factor)
 
     def _diverged(self, step: int, what: str) -> FloatingPointError:
-        rate = "score_learning_rate" if "scores" in self.stage.roles else "learning_rate"
+        rate = "score_learning_rate" if "scores" in self.plan.stage.roles else "learning_rate"
         return FloatingPointError(
-            f"Training diverged at step {step} of the stage {self.stage.name}: {what}. Try a lower `{rate}`, "
+            f"Training diverged at step {step} of the stage {self.plan.stage.name}: {what}. Try a lower `{rate}`, "
             "`max_grad_norm=1.0`, or bf16 instead of fp16; checkpoints of earlier steps are good."
         )
 
@@ -202,9 +219,9 @@ class StageTrainer(Trainer):
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         if "loss" in logs:
             logs["sparsity"] = self.model.sparsity
-            if type(self.stage.masks) is not MaskSchedule:
+            if self.plan.stage.masks.moves:
                 logs["mask_flips"] = self.counters.take_flips()
-            if self.model.prompt is not None and "prompt" in self.stage.roles:
+            if self.model.prompt is not None and "prompt" in self.plan.stage.roles:
                 logs["prompt_max"] = max(
                     float(sharding.whole(p.detach()).abs().max()) for p in self.model.prompt.parameters()
                 )
@@ -250,10 +267,120 @@ class StageTrainer(Trainer):
         output.metrics[f"{prefix}_loss"] = float(F.cross_entropy(logits, labels))
 
     def _evaluated_roles(self) -> list[bool]:
-        if not self.method.uses_prompt and self.args.eval_prompt != "with":
+        if not self.evaluates_prompt and self.args.eval_prompt != "with":
             return [False]
         return {"without": [False], "with": [True], "both": [False, True]}[self.args.eval_prompt]
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """One evaluation batch, with or without the prompt."""
         return super().prediction_step(model, {**inputs, "use_prompt": self._evaluates_prompted}, *args, **kwargs)
+
+    # Saving ----------------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._check_finite()
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        self._keep_losses()
+        written = folder / UNFINISHED_CHECKPOINT / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        advice = "; earlier ones are as they were, so make room and pass `resume_from_checkpoint=True`"
+        with writing(f"The checkpoint of step {step} in {folder}", written.parent, advice):
+            args = copy.copy(self.args)
+            # Checkpoints are pushed once they are complete, by the callback `PushCheckpoints`.
+            args.output_dir, args.push_to_hub = str(written.parent), False
+            with self.using(args):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(folder / written.name)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+                publish_checkpoint(written, folder / written.name)
+                shutil.rmtree(written.parent)
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _check_finite(self) -> None:
+        """Raise before a model that is ruined takes the place of a good one."""
+        for name, parameter in self.model.named_parameters():
+            local = sharding.local(parameter)
+            if parameter.requires_grad and not local.isfinite().all():
+                raise self._diverged(self.state.global_step, f"{name} is not finite")
+
+    def _keep_losses(self) -> None:
+        """Put what was not logged yet into the checkpoint, so that a resumed run logs what this one would."""
+        counters = self.counters
+        counters.logged_step, counters.logged_loss = self._globalstep_last_logged, self._total_loss_scalar
+        counters.loss = self.accelerator.gather(self._tr_loss).mean().item()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # As Trainer does it, but checkpoints are not packed and no pickle of the arguments is left beside the weights.
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        packed = False if folder.name.startswith(PREFIX_CHECKPOINT_DIR) else None
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, packed=packed, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # The files of a run that is not sharded: accelerate's knows no optimizer of several parts.
+        state = self.optimizer.state_dict()
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # A method that prunes gradually is better before it has pruned.
+        progress = self.plan.progress(self.state.global_step, self.state.max_steps)
+        if not self.plan.stage.masks.is_final(progress):
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    # Loading ---------------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_weights(self.state.best_model_checkpoint)
+
+    def _load_weights(self, folder: str) -> None:
+        # Trainer matches keys by name, which skips every tensor that transformers renames when it saves.
+        loaded = type(self.model).from_pretrained(folder)
+        sharding.load_full_state(self.model, loaded.state_dict())
+        for name in ("sparsity", "mapped_labels", "label_mapping_state"):
+            setattr(self.model.config, name, getattr(loaded.config, name))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        for name, part in ((OPTIMIZER_NAME, self.optimizer), (SCHEDULER_NAME, self.lr_scheduler)):
+            part.load_state_dict(torch.load(os.path.join(checkpoint, name), map_location="cpu", weights_only=True))
+
+
+class _RestoredLosses(TrainerCallback):
+    """Resume the sums of the losses where the checkpoint stopped; Trainer starts them at zero."""
+
+    def __init__(self, trainer: StageTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer, counters = self.trainer, self.trainer.counters
+        trainer._globalstep_last_logged, trainer._total_loss_scalar = counters.logged_step, counters.logged_loss
+        trainer._tr_loss += counters.loss
+
+
+def _is_at_the_end(checkpoint: Path) -> bool:
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state.global_step >= state.max_steps

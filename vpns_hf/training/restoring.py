@@ -1,0 +1,38 @@
+"""Restore the model of an earlier stage, and save the state that stages rewind to."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..model.modeling import PromptedSparseModel
+
+
+def save_first_state(model: PromptedSparseModel, path: Path) -> None:
+    """Save the backbone's parameters and buffers atomically, for stages that rewind to them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    state = model.backbone_state()
+    save_file({name: tensor.detach().clone() for name, tensor in state.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def replace_model(model: PromptedSparseModel, folder: Path) -> None:
+    """Replace a model in place by a saved one, on the device and in the memory format of the model."""
+    loaded = type(model).from_pretrained(folder)
+    # Copied, because tensors that are mapped from the file lie at other addresses, where kernels may sum in another
+    # order.
+    model.replace_with(copy.deepcopy(loaded).to(model.device, memory_format=_memory_format(model)))
+
+
+def _memory_format(model: PromptedSparseModel) -> torch.memory_format:
+    """channels_last where the model is in it; else the one that each tensor has."""
+    is_last = any(
+        weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+        for weight in model.prunable_weights().values()
+    )
+    return torch.channels_last if is_last else torch.preserve_format
