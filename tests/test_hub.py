@@ -19,7 +19,6 @@ from helpers.training import fresh, make_trainer
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor, pipeline
-from transformers.utils.hub import PushInProgress
 
 from vpns_hf import PromptedSparseModel, VPNsTrainingArguments, storage
 from vpns_hf.hub import BEGIN, END, merge_cards, push_folder
@@ -443,9 +442,9 @@ def test_a_push_in_the_background_may_fail(hub, tmp_path, caplog):
     hub.faults = [Fault("commit", skip=1, times=2)]
     trainer = pushing_trainer(tmp_path / "run", hub_strategy="every_save")
     trainer.train()
-    assert [record.message.partition(":")[0] for record in caplog.records if "Training goes on" in record.message] == [
-        "Could not push to me/run"
-    ] * 2
+    assert [
+        record.message.partition(":")[0] for record in caplog.records if "Training continues" in record.message
+    ] == ["Could not push to me/run"] * 2
     assert [commit.title for commit in hub.history("me/run")][::-1][1:] == [
         "Training in progress: search, step 1",
         "Training in progress: tune, step 2",
@@ -460,20 +459,40 @@ def test_a_push_in_the_background_may_fail(hub, tmp_path, caplog):
     assert hub.history("me/run")[0].title == "End of training"
 
 
-def test_a_save_is_left_out_while_another_is_pushed(hub, tmp_path, caplog):
+def test_the_files_of_the_run_go_along_with_every_save(hub, tmp_path):
+    (tmp_path / "run/figures").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(tmp_path / "run/figures/prompt.png")
+    (tmp_path / "run/recipe.yaml").write_text("seed: 0\n")
+    trainer = pushing_trainer(tmp_path / "run", hub_strategy="every_save", max_steps=1)
+    trainer.train()
+    commits = hub.history("me/run")[:-1]
+    assert len(commits) == 2
+    for commit in commits:
+        assert {"figures/prompt.png", "recipe.yaml", "README.md", "model.safetensors"} <= set(commit.files)
+        assert commit.files["recipe.yaml"] == b"seed: 0\n"
+
+
+def test_a_save_is_left_out_while_another_is_pushed(hub, tmp_path, caplog, monkeypatch):
     trainer = pushing_trainer(tmp_path / "run", hub_strategy="every_save", hub_always_push=False)
-    checkpoint = tmp_path / "run" / "1-search" / "checkpoint-1"
+    checkpoint, publisher = tmp_path / "run" / "0-search" / "checkpoint-1", trainer.publisher
     trainer.save_model(str(checkpoint), _internal_call=True)
-    trainer.push_in_progress = PushInProgress([Future()])
-    trainer._push_from_checkpoint(str(checkpoint))
+
+    def push():
+        publisher.push_checkpoint(trainer.model, checkpoint, "a checkpoint")
+
+    pending = Future()
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "run_as_future", lambda self, *args: pending)
+        push()
+    push()
     assert len(hub.history("me/run")) == 1
-    trainer.push_in_progress.jobs[0].set_result(None)
-    trainer._push_from_checkpoint(str(checkpoint))
-    trainer.push_in_progress.wait_until_done()
+    pending.set_result(None)
+    push()
+    publisher.wait()
     assert len(hub.history("me/run")) == 2
     (checkpoint / "config.json").unlink()
-    trainer._push_from_checkpoint(str(checkpoint))
-    assert "holds no saved model: there is no config.json in it. Training goes on" in caplog.text
+    push()
+    assert "holds no saved model: there is no config.json in it. Training continues" in caplog.text
 
 
 def test_only_the_end_is_pushed_by_default(hub, tmp_path):

@@ -96,18 +96,22 @@ class LabelMappingUpdates(TrainerCallback):
 
 
 class PushCheckpoints(TrainerCallback):
-    """Push every checkpoint once it is complete.
+    """Push every checkpoint once it is complete, and finish the pushes before the stage ends.
 
     Args:
-        push: function that pushes a checkpoint folder.
+        push: function that pushes a checkpoint folder in the background.
+        wait: function that waits until the pushes are done.
     """
 
-    def __init__(self, push: Callable[[Path], None]):
-        self.push = push
+    def __init__(self, push: Callable[[Path], None], wait: Callable[[], None]):
+        self.push, self.wait = push, wait
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
         if args.push_to_hub and state.is_world_process_zero:
             self.push(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
+        self.wait()
 
 
 class CheckpointControl(TrainerCallback):

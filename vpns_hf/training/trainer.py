@@ -122,7 +122,7 @@ class VPNsTrainer(StageTrainer):
             model.to(args.device)
         if args.world_size > 1 and args.consistency_check_steps:
             self.add_callback(ConsistencyCheck(self.accelerator, args.consistency_check_steps))
-        self.add_callback(PushCheckpoints(self._push_checkpoint))
+        self.add_callback(PushCheckpoints(self._push_checkpoint, self.publisher.wait))
         self.add_callback(CheckpointControl(self._signals, self.accelerator))
 
     # The run ---------------------------------------------------------------------------------------------------------
