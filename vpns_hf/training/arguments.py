@@ -10,7 +10,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from ..methods.stage import RoleSettings, Stage
+from ..methods.stage import Method, RoleSettings, Stage
 from ..methods.table import get_method
 from ..metrics import get_metric
 from .optimizers import NOT_IN_TRAINER
@@ -140,7 +140,7 @@ class VPNsTrainingArguments(TrainingArguments):
         super().__post_init__()
         if optim in NOT_IN_TRAINER:
             self.optim = optim
-        get_method(self.method)
+        _ = self.pruning_method  # raises if there is none of that name
         _check_choice("prompt_mixing", self.prompt_mixing, PROMPT_MIXINGS)
         _check_choice("eval_prompt", self.eval_prompt, EVAL_PROMPTS)
         for name in self.reported_metrics:
@@ -182,6 +182,15 @@ class VPNsTrainingArguments(TrainingArguments):
     @property
     def _uses_fsdp(self) -> bool:
         return bool(self.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+    @property
+    def pruning_method(self) -> Method:
+        """The method that `method` names.
+
+        Raises:
+            ValueError: there is no method of that name.
+        """
+        return get_method(self.method)
 
     @property
     def reported_metrics(self) -> list[str]:

@@ -37,6 +37,15 @@ def check_model(model: Any, args: VPNsTrainingArguments, method: Method) -> None
         )
 
 
+def check_state(stage: Stage, model: PromptedSparseModel, args: VPNsTrainingArguments) -> None:
+    """Raise if the stage needs an unpruned model and this one is pruned."""
+    if stage.masks.state != "frozen" and model.config.state == "frozen":
+        raise ValueError(
+            f"`method={args.method!r}` starts from an unpruned model, and this one is pruned already; wrap the "
+            "pretrained backbone with `PromptedSparseModel.from_backbone`."
+        )
+
+
 def check_data(*datasets: Any) -> None:
     """Raise unless every data set can be drawn by index."""
     if any(isinstance(dataset, IterableDataset) for dataset in datasets):

@@ -26,13 +26,12 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 from ..data.batches import collate_images
 from ..data.calibration import calibration_batches
 from ..methods.preparations import Rewind, StageStart
-from ..methods.table import get_method
 from ..metrics import compute_metrics
 from ..model.modeling import PromptedSparseModel
 from .arguments import VPNsTrainingArguments
 from .callbacks import CheckpointControl, LabelMappingUpdates, MaskUpdates, PushCheckpoints
 from .checkpoints import publish_folder, writing
-from .checks import check_data, check_model, check_processes, check_stages
+from .checks import check_data, check_model, check_processes, check_stages, check_state
 from .consistency import ConsistencyCheck
 from .counters import trained_weights
 from .interruption import StopSignals
@@ -84,9 +83,9 @@ class VPNsTrainer(StageTrainer):
     ):
         if "model_init" in kwargs:
             raise ValueError(
-                "VPNsTrainer takes a `model`, not `model_init`: every stage goes on with the model of the one before."
+                "VPNsTrainer takes a `model`, not `model_init`: every stage starts from the model of the one before."
             )
-        self.method = get_method(args.method)
+        self.method = args.pruning_method
         check_model(model, args, self.method)
         check_data(train_dataset, prompted_train_dataset)
         if isinstance(processing_class, BaseImageProcessor):
@@ -123,7 +122,7 @@ class VPNsTrainer(StageTrainer):
         if args.world_size > 1 and args.consistency_check_steps:
             self.add_callback(ConsistencyCheck(self.accelerator, args.consistency_check_steps))
         self.add_callback(PushCheckpoints(self._push_checkpoint, self.publisher.wait))
-        self.add_callback(CheckpointControl(self._signals, self.accelerator))
+        self._checkpoint_control = CheckpointControl(self._signals, self.accelerator)
 
     # The run ---------------------------------------------------------------------------------------------------------
 
@@ -131,8 +130,8 @@ class VPNsTrainer(StageTrainer):
         """Run every stage.
 
         Args:
-            resume_from_checkpoint: True: go on where the run in `args.output_dir` stopped (from the start if it never
-                began). A path `<output_dir>/<index>-<stage>/checkpoint-N`: go on from there.
+            resume_from_checkpoint: True: resume where the run in `args.output_dir` stopped (from the start if it
+                never began). A path `<output_dir>/<index>-<stage>/checkpoint-N`: resume from there.
             kwargs: passed to [`~transformers.Trainer.train`] for every stage.
 
         Returns:
@@ -155,7 +154,8 @@ class VPNsTrainer(StageTrainer):
             record.save()
             record.remove_leftovers()
         # Last, so that every other callback has run when a signal ends the run after a save.
-        self.add_callback(self.pop_callback(CheckpointControl))
+        self.remove_callback(self._checkpoint_control)
+        self.add_callback(self._checkpoint_control)
         loss, metrics = math.nan, dict[str, float]()
         for plan in plans[len(record.finished) :]:
             output = self._train_stage(plan, record, checkpoint, **kwargs)
@@ -197,13 +197,9 @@ class VPNsTrainer(StageTrainer):
             if self.is_world_process_zero():
                 place = f"[stage {plan.index + 1} of {len(self.stages)}] {plan.name}"
                 print(f"{place}: {record.finished[-1].summary(1 - self.model.sparsity)}", flush=True)
-            stop = self._checkpoint_control()
-            if stop.was_asked_to_stop():
-                stop.leave(f"after the stage {plan.name}")
+            if self._checkpoint_control.was_asked_to_stop():
+                self._checkpoint_control.leave(f"after the stage {plan.name}")
         return output
-
-    def _checkpoint_control(self) -> CheckpointControl:
-        return next(each for each in self.callback_handler.callbacks if isinstance(each, CheckpointControl))
 
     def _run(self, checkpoint: Path | None, **kwargs: Any) -> TrainOutput:
         """Train the present stage and leave the model whole and unwrapped."""
@@ -249,7 +245,7 @@ class VPNsTrainer(StageTrainer):
         if checkpoint is None:
             # A checkpoint holds their effects.
             self._prepare(record)
-        self._check_state()
+        check_state(stage, self.model, self.args)
         stage.masks.begin(self.model, self.plan.sparsity)
         self.model.eval_backbone = stage.eval_backbone
         self.model.train_only(*stage.roles)
@@ -277,13 +273,6 @@ class VPNsTrainer(StageTrainer):
         with self.counters.measuring(self.model):
             for prepare in self.plan.stage.before:
                 prepare(start)
-
-    def _check_state(self) -> None:
-        if self.plan.stage.masks.state != "frozen" and self.model.config.state == "frozen":
-            raise ValueError(
-                f"`method={self.args.method!r}` starts from an unpruned model, and this one is pruned already; wrap "
-                "the pretrained backbone with `PromptedSparseModel.from_backbone`."
-            )
 
     def calibration_batches(self) -> list[dict[str, Tensor]]:
         """Return training images to score with, see [`data.calibration.calibration_batches`]."""
