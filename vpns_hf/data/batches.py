@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from math import ceil
+from math import ceil, floor
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+LABEL_NAMES = ("labels", "label", "label_ids")
 Mixing = Literal["alternate", "always", "never"]
 
 
@@ -49,6 +50,7 @@ class RoleBatchSampler(Sampler[list[SampleKey]]):
         window: consecutive batches that share a role.
         seed: any whole number.
         shuffle: whether rows come in random order.
+        drop_last: whether images that do not fill the last step of an epoch are left out.
 
     Raises:
         ValueError: if a number is below 1 or `mixing` is none of the three.
@@ -57,7 +59,14 @@ class RoleBatchSampler(Sampler[list[SampleKey]]):
     ROLES: Mapping[str, tuple[bool, ...]] = {"alternate": (True, False), "always": (True,), "never": (False,)}
 
     def __init__(
-        self, length: int, batch_size: int, mixing: Mixing, window: int = 1, seed: int = 0, shuffle: bool = True
+        self,
+        length: int,
+        batch_size: int,
+        mixing: Mixing,
+        window: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
     ) -> None:
         for name, value in (("length", length), ("batch_size", batch_size), ("window", window)):
             if value < 1:
@@ -71,7 +80,11 @@ class RoleBatchSampler(Sampler[list[SampleKey]]):
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
-        self.drop_last = False  # accelerate asks
+        self.drop_last = drop_last
+        if not self._windows:
+            raise ValueError(
+                f"No step is left with drop_last: {length} images do not fill one of {batch_size * window} images."
+            )
 
     @property
     def sampler(self) -> RoleBatchSampler:
@@ -93,14 +106,15 @@ class RoleBatchSampler(Sampler[list[SampleKey]]):
 
     @property
     def _windows(self) -> int:
-        return ceil(self.length / (self.batch_size * self.window))
+        steps = self.length / (self.batch_size * self.window)
+        return floor(steps) if self.drop_last else ceil(steps)
 
     def _batches(self, use_prompt: bool) -> Iterator[list[SampleKey]]:
         stream = _mix(_mix(_mix(self.seed) ^ self.epoch) ^ use_prompt)
         order, seeds = np.arange(self.length), _seeds(stream, self.length)
         if self.shuffle:
             order = torch.randperm(self.length, generator=torch.Generator().manual_seed(stream)).numpy()
-        if self.window > 1:
+        if self.window > 1 or self.drop_last:
             order = np.resize(order, self._windows * self.window * self.batch_size)  # repeats from the start
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
@@ -125,7 +139,19 @@ def _mix(number: int) -> int:
     return int(_seeds(number, 1)[0])
 
 
-class RoleDataset(torch.utils.data.Dataset[dict[str, Any]]):
+class RoleItem(NamedTuple):
+    """An item of a `RoleDataset`.
+
+    Args:
+        example: item of the view.
+        use_prompt: whether the image is shown with the prompt.
+    """
+
+    example: Any
+    use_prompt: bool
+
+
+class RoleDataset(torch.utils.data.Dataset[RoleItem]):
     """Two views of the same rows, addressed by `SampleKey`.
 
     An item is drawn under its key's own seed, so augmentation depends neither on the number of workers nor on what was
@@ -159,10 +185,10 @@ class RoleDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.plain)
 
-    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+    def __getitem__(self, key: SampleKey) -> RoleItem:
         view = self.prompted if key.use_prompt else self.plain
         with _seeded(key.seed):
-            return {**view[key.index], "use_prompt": key.use_prompt}
+            return RoleItem(view[key.index], key.use_prompt)
 
 
 @contextmanager
@@ -185,14 +211,14 @@ def collate_images(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Make one batch of examples.
 
     Args:
-        examples: n dicts with `pixel_values`, a tensor [3, height, width]; optionally `labels` (or `label`,
-            `label_ids`), a class or a float vector [classes]; optionally `use_prompt`.
+        examples: n dicts with `pixel_values`, a tensor [channels, height, width]; optionally `labels` (or `label`,
+            `label_ids`), a class or a float vector [classes].
 
     Returns:
-        `pixel_values` [n, 3, height, width]; `labels`, long [n] or float [n, classes]; `use_prompt`, one bool.
+        `pixel_values` [n, channels, height, width] and `labels`, long [n] or float [n, classes].
 
     Raises:
-        ValueError: if the images differ in size, or prompted and plain examples are mixed.
+        ValueError: the images differ in size.
     """
     images = [torch.as_tensor(example["pixel_values"]) for example in examples]
     shapes = sorted({tuple(image.shape) for image in images})
@@ -202,16 +228,49 @@ def collate_images(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "use an image processor or transform that gives every image the same size."
         )
     batch: dict[str, Any] = {"pixel_values": torch.stack(images)}
-    name = next((name for name in ("labels", "label", "label_ids") if name in examples[0]), None)
+    name = next((name for name in LABEL_NAMES if name in examples[0]), None)
     if name is not None:
         labels = torch.stack([torch.as_tensor(example[name]) for example in examples])
         batch["labels"] = labels.float() if labels.is_floating_point() else labels.long()
-    if "use_prompt" in examples[0]:
-        roles = {bool(example["use_prompt"]) for example in examples}
+    return batch
+
+
+def with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the batch of any collator with its labels under the name `labels`.
+
+    Raises:
+        ValueError: the collator gave no dictionary.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"The data collator gave a {type(batch).__name__}; expected a dictionary with `pixel_values` and `labels`."
+        )
+    name = next((name for name in LABEL_NAMES if name in batch), None)
+    if name in (None, "labels"):
+        return dict(batch)
+    return {key: value for key, value in batch.items() if key != name} | {"labels": batch[name]}
+
+
+class RoleCollator:
+    """Collate items of a `RoleDataset` with any collator; the role is added afterwards, whatever the collator keeps.
+
+    Args:
+        collate: function that makes a dictionary of examples, such as `collate_images` or one of transformers.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Mapping[str, Any]]):
+        self.collate = collate
+
+    def __call__(self, items: Sequence[RoleItem]) -> dict[str, Any]:
+        """Make one batch, with `use_prompt`.
+
+        Raises:
+            ValueError: prompted and plain items are mixed, or the collator gives no dictionary.
+        """
+        roles = {item.use_prompt for item in items}
         if len(roles) > 1:
             raise ValueError(
                 "A batch mixes prompted and plain images: draw batches with RoleBatchSampler, whose batches have one "
                 "role each."
             )
-        batch["use_prompt"] = roles.pop()
-    return batch
+        return {**with_labels(self.collate([item.example for item in items])), "use_prompt": roles.pop()}

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .batches import with_labels
+
 
 def calibration_batches(
     dataset: Any,
@@ -35,7 +37,7 @@ def calibration_batches(
     seen, chosen = collections.Counter[int](), []
     for index in torch.randperm(len(dataset), generator=generator).tolist():
         example = dataset[index]
-        labels = collate([example])["labels"]
+        labels = with_labels(collate([example]))["labels"]
         label = int(labels.argmax(-1) if labels.is_floating_point() else labels)
         if seen[label] < images_per_class:
             seen[label] += 1
@@ -43,4 +45,4 @@ def calibration_batches(
         if len(chosen) == images_per_class * num_labels:
             break
     parts = np.array_split(np.arange(len(chosen)), math.ceil(len(chosen) / batch_size))
-    return [collate([chosen[index] for index in part]) for part in parts]
+    return [with_labels(collate([chosen[index] for index in part])) for part in parts]

@@ -14,6 +14,7 @@ from ..methods.stage import Method, RoleSettings, Stage
 from ..methods.table import get_method
 from ..metrics import get_metric
 from .optimizers import NOT_IN_TRAINER
+from .trainer_arguments import check_arguments
 
 PROMPT_MIXINGS = ("alternate", "always", "never")
 EVAL_PROMPTS = ("without", "with", "both")
@@ -162,11 +163,7 @@ class VPNsTrainingArguments(TrainingArguments):
                 "FSDP is asked for, but there is no GPU and accelerate has no FSDP on CPUs; launch with "
                 "`recipes/accelerate_configs/ddp_cpu.yaml`."
             )
-        if self.enable_jit_checkpoint:
-            raise ValueError(
-                "`enable_jit_checkpoint` saves in the middle of a step; leave it out, because VPNsTrainer saves a "
-                "checkpoint at SIGTERM and Ctrl-C by itself, after the step."
-            )
+        check_arguments(self)
         if min(self.mixup_alpha, self.cutmix_alpha) < 0:
             raise ValueError(
                 f"`mixup_alpha` is {self.mixup_alpha} and `cutmix_alpha` {self.cutmix_alpha}; expected at least 0, "

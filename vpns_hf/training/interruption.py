@@ -61,3 +61,9 @@ def leave(received: signal.Signals) -> NoReturn:
     if received is signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + received)
+
+
+def ignore_signals(worker_id: int) -> None:
+    """Ignore Ctrl-C and SIGTERM in a data-loader worker: they go to the whole process group, and the trainer stops."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

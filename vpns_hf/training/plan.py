@@ -146,6 +146,8 @@ def _sampler(stage: Stage, index: int, batches: str, args: VPNsTrainingArguments
         mixing,
         window=args.gradient_accumulation_steps * args.world_size,
         seed=(args.seed if args.data_seed is None else args.data_seed) + index,
+        shuffle=args.train_sampling_strategy == "random",
+        drop_last=args.dataloader_drop_last,
     )
 
 

@@ -6,6 +6,7 @@ The only module that overrides or reads private members of Trainer.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import shutil
@@ -25,12 +26,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from ..data.batches import RoleDataset
+from ..data.batches import RoleCollator, RoleDataset, with_labels
 from ..masking import sharding
 from ..model.modeling import PromptedSparseModel
 from .arguments import VPNsTrainingArguments
 from .checkpoints import UNFINISHED_CHECKPOINT, publish_checkpoint, writing
 from .counters import Counters
+from .interruption import ignore_signals
 from .optimizers import OptimizerByRole, build_optimizer, learning_rate_factor, weight_groups
 from .plan import StagePlan
 
@@ -62,6 +64,10 @@ class StageTrainer(Trainer):
 
     def __init__(self, callbacks: list[TrainerCallback], **kwargs: Any):
         super().__init__(callbacks=[_RestoredLosses(self), Counters(), *callbacks], **kwargs)
+        self._forward_arguments = set(inspect.signature(type(self.model).forward).parameters)
+        if self.compute_loss_func is not None:
+            # It divides by the items of all accumulated batches.
+            self.loss_is_scaled_for_ga = True
         if self.label_smoother is not None:
             # Trainer's own does not take class probabilities, as MixUp gives.
             self.label_smoother = self._smoothed_loss
@@ -124,11 +130,14 @@ class StageTrainer(Trainer):
         loader = DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=self.data_collator,
+            collate_fn=RoleCollator(self.data_collator),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
+            worker_init_fn=ignore_signals,
             # Its own, so that the number of workers does not move the global random state.
             generator=torch.Generator().manual_seed(self.args.seed),
         )
@@ -171,6 +180,11 @@ class StageTrainer(Trainer):
         """One batch forward and backward."""
         if not self.plan.batches.startswith("prompted"):
             inputs = {**inputs, "use_prompt": False}
+        elif "use_prompt" not in inputs:
+            raise ValueError(
+                "A training batch does not say whether it is prompted: expected `use_prompt` in the batches of "
+                "`get_train_dataloader`; leave that method as it is, or take its batches from a RoleBatchSampler."
+            )
         self._optimizer_by_role.skipped_roles = () if inputs.get("use_prompt", True) else ("prompt",)
         self.counters.count_batch(len(inputs["pixel_values"]) * self.args.world_size)
         try:
@@ -186,6 +200,13 @@ class StageTrainer(Trainer):
         if not loss.isfinite():
             raise self._diverged(self.state.global_step + 1, f"the loss is {loss.item()}")
         return loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the loss of a batch: `compute_loss_func`, else the smoothed loss, else the model's own."""
+        known = {name: value for name, value in inputs.items() if name in self._forward_arguments}
+        return super().compute_loss(model, known, return_outputs, num_items_in_batch)
 
     def _mixed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch after MixUp or CutMix, one of them by chance where both are asked for."""
@@ -261,10 +282,11 @@ class StageTrainer(Trainer):
         On several processes the last batches are filled with images shown before, which Trainer's mean loss counts.
         """
         has_own_loss = self.compute_loss_func is not None or self.label_smoother is not None
-        if output.predictions is None or output.label_ids is None or has_own_loss:
+        has_own_predictions = self.preprocess_logits_for_metrics is not None
+        if output.predictions is None or output.label_ids is None or has_own_loss or has_own_predictions:
             return
-        logits, labels = torch.as_tensor(output.predictions).float(), torch.as_tensor(output.label_ids)
-        output.metrics[f"{prefix}_loss"] = float(F.cross_entropy(logits, labels))
+        logits, labels = torch.as_tensor(output.predictions), torch.as_tensor(output.label_ids)
+        output.metrics[f"{prefix}_loss"] = float(self.model.loss(logits, labels))
 
     def _evaluated_roles(self) -> list[bool]:
         if not self.evaluates_prompt and self.args.eval_prompt != "with":
@@ -272,8 +294,11 @@ class StageTrainer(Trainer):
         return {"without": [False], "with": [True], "both": [False, True]}[self.args.eval_prompt]
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        """One evaluation batch, with or without the prompt."""
-        return super().prediction_step(model, {**inputs, "use_prompt": self._evaluates_prompted}, *args, **kwargs)
+        """Evaluate one batch, with or without the prompt."""
+        inputs = with_labels(inputs) | {"use_prompt": self._evaluates_prompted}
+        if "labels" not in inputs:
+            inputs = {name: value for name, value in inputs.items() if name in self._forward_arguments}
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     # Saving ----------------------------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ from .publishing import Publisher
 from .restoring import replace_model, save_first_state
 from .run_record import FIRST_STATE_NAME, MODEL_FOLDER, FinishedStage, RunRecord
 from .stage_trainer import StageTrainer
+from .trainer_arguments import check_objects
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +82,7 @@ class VPNsTrainer(StageTrainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
-        if "model_init" in kwargs:
-            raise ValueError(
-                "VPNsTrainer takes a `model`, not `model_init`: every stage starts from the model of the one before."
-            )
+        check_objects(kwargs)
         self.method = args.pruning_method
         check_model(model, args, self.method)
         check_data(train_dataset, prompted_train_dataset)
@@ -269,6 +267,7 @@ class VPNsTrainer(StageTrainer):
             self.args.seed,
             self.calibration_batches,
             lambda: load_file(first_state, device=str(self.model.device)),
+            self.compute_loss_func,
         )
         with self.counters.measuring(self.model):
             for prepare in self.plan.stage.before:
