@@ -1,4 +1,4 @@
-"""Label mapping: which source classes of a pretrained head stand for which target class."""
+"""Map the source classes of a pretrained head to target classes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def _random(counts: Tensor) -> Tensor:
-    """Distinct source classes, drawn from torch's global generator."""
+    """Draw distinct source classes from torch's global generator."""
     _require_enough_sources(counts)
     return torch.randperm(counts.shape[0])[: counts.shape[1]]
 
 
 def _frequency(counts: Tensor) -> Tensor:
-    """Greedy one-to-one matching: the most frequent (source, target) pair first."""
+    """Match one to one and greedily, the most frequent (source, target) pair first."""
     _require_enough_sources(counts)
     flat, targets = counts.flatten(), counts.shape[1]
     source_of, taken = [-1] * targets, set[int]()
@@ -29,7 +29,7 @@ def _frequency(counts: Tensor) -> Tensor:
 
 
 def _optimal(counts: Tensor) -> Tensor:
-    """One-to-one matching of the highest total count."""
+    """Match one to one with the highest total count."""
     _require_enough_sources(counts)
     targets, sources = linear_sum_assignment(counts.T.numpy(), maximize=True)
     mapping = torch.full((counts.shape[1],), -1)
@@ -39,7 +39,7 @@ def _optimal(counts: Tensor) -> Tensor:
 
 
 def _bayesian(counts: Tensor) -> Tensor:
-    """Weights of all source classes for each target class; uniform for a target class without counts."""
+    """Weight all source classes for each target class, uniformly for a target class without counts."""
     # The smoothing of 1 is the paper's.
     weights = counts / (counts.sum(1, keepdim=True) + 1)
     totals = weights.sum(0)
@@ -74,7 +74,7 @@ LABEL_MAPPINGS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def get_label_mapping(name: str) -> Callable[[Tensor], Tensor]:
-    """The label mapping of that name.
+    """Return the label mapping of a name.
 
     Raises:
         ValueError: there is none.
@@ -88,16 +88,16 @@ def map_labels(counts: Tensor, method: str = "frequency") -> Tensor:
     """Choose the source class, or the weights of all source classes, for every target class.
 
     Args:
-        counts: tensor [source, target] on any device: how often the pretrained model predicted that source class on
-            images of that target class. Fractions, as of summed probabilities, are fine.
-        method: one of
+        counts: tensor [source, target] on any device, the number of images of each target class that the pretrained
+            model predicted as each source class. Fractions, as of summed probabilities, are fine.
+        method: name of the mapping, one of
 
             - `"random"` (RLM): distinct source classes, drawn from torch's global generator.
             - `"frequency"` (FLM; Chen et al., arXiv 2211.11635): one to one; the most frequent pair is matched first,
               ties in the order of the flat index.
             - `"optimal"`: one to one, with the highest possible total count. Where several matchings reach it, the
               same one comes back every time.
-            - `"iterative"` (ILM, the same paper): the matching of `"frequency"`, which the caller renews during
+            - `"iterative"` (ILM, the same paper): the matching of `"frequency"`, which the caller updates during
               training.
             - `"bayesian"` (BLM; Cai et al., NeurIPS 2024): weights [source, target],
               `counts / (1 + counts of the source class)`, scaled so that each target class's weights sum to 1.
@@ -122,7 +122,7 @@ def map_labels(counts: Tensor, method: str = "frequency") -> Tensor:
 
 
 def count_predictions(pairs: Iterable[tuple[Tensor, Tensor]], num_source: int, num_target: int) -> Tensor:
-    """How often each source class was predicted on the images of each target class.
+    """Count the predictions of each source class on the images of each target class.
 
     Args:
         pairs: batches of (predicted source classes, target classes), integer tensors [n].

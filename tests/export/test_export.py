@@ -279,7 +279,7 @@ def test_a_processor_that_crops_cannot_place(tmp_path):
 def test_a_prompt_on_the_image_is_refused(prompt, tmp_path):
     model = frozen(prompt=prompt)
     model.config.use_prompt = True
-    with pytest.raises(ValueError, match="overlaps the image, so what it adds changes with the image"):
+    with pytest.raises(ValueError, match="overlaps the image, so its effect changes with the image"):
         export_plain(model, tmp_path / "plain")
     assert not os.listdir(tmp_path)
 

@@ -82,14 +82,14 @@ def test_zeros_in_tensors_of_any_layout(tensor):
 
 def masked_layer(state):
     layer = nn.Linear(5, 4)
-    slots = masking.find_prunable_weights(layer)
+    prunables = masking.find_prunable_weights(layer)
     if state == "search":
-        masking.attach_scores(slots)
-        masking.update_masks(slots, 0.5, "global")
-        return layer, masking.masked_weights(slots)["weight"].mask
+        masking.attach_scores(prunables)
+        masking.update_masks(prunables, 0.5, "global")
+        return layer, masking.masked_weights(prunables)["weight"].mask
     mask = torch.rand(4, 5) < 0.5
-    masking.freeze(slots, {"weight": mask})
-    masking.mask_gradients(slots)
+    masking.freeze(prunables, {"weight": mask})
+    masking.mask_gradients(prunables)
     return layer, mask
 
 
@@ -245,15 +245,15 @@ def test_straight_through_gradient_of_the_hydra_toy():
     The scores here start with the signs of the weights; ds carries sign(s).
     """
     layer = linear(torch.tensor([[0.5, -2.0, 1.0]]))
-    slots = masking.find_prunable_weights(layer)
-    masking.attach_scores(slots)
-    part = masking.masked_weights(slots)["weight"]
-    masking.update_masks(slots, 1 / 3, "global")
+    prunables = masking.find_prunable_weights(layer)
+    masking.attach_scores(prunables)
+    part = masking.masked_weights(prunables)["weight"]
+    masking.update_masks(prunables, 1 / 3, "global")
     assert torch.equal(part.mask, bits("011").view(1, 3))
     loss = (layer(torch.tensor([1.0, 2, 3])) - 2).square().sum() / 2
     loss.backward()
     weight_gradient = torch.tensor([[-3.0, -6, -9]])
-    torch.testing.assert_close(masking.stored_weight(slots["weight"]).grad, weight_gradient * part.mask)
+    torch.testing.assert_close(masking.stored_weight(prunables["weight"]).grad, weight_gradient * part.mask)
     weight = torch.tensor([[0.5, -2.0, 1.0]])
     torch.testing.assert_close(part.scores.grad, weight * weight_gradient * part.scores.sign())
     torch.testing.assert_close(part.scores.grad.abs(), torch.tensor([[1.5, 12, 9]]))
@@ -261,13 +261,13 @@ def test_straight_through_gradient_of_the_hydra_toy():
 
 def test_update_counts_flips():
     layer = linear(torch.tensor([[1.0, 2, 3, 4]]))
-    slots = masking.find_prunable_weights(layer)
-    masking.attach_scores(slots)
-    assert masking.update_masks(slots, 0.5, "global") == 2
-    assert masking.update_masks(slots, 0.5, "global") == 0
+    prunables = masking.find_prunable_weights(layer)
+    masking.attach_scores(prunables)
+    assert masking.update_masks(prunables, 0.5, "global") == 2
+    assert masking.update_masks(prunables, 0.5, "global") == 0
     with torch.no_grad():
-        masking.masked_weights(slots)["weight"].scores.copy_(torch.tensor([[4.0, 3, 2, 1]]))
-    assert masking.update_masks(slots, 0.5, "global") == 4
+        masking.masked_weights(prunables)["weight"].scores.copy_(torch.tensor([[4.0, 3, 2, 1]]))
+    assert masking.update_masks(prunables, 0.5, "global") == 4
 
 
 class Mixed(nn.Module):
@@ -309,14 +309,14 @@ def test_bare_parameters_are_masked_in_forward(training):
     """The projection of nn.MultiheadAttention is no layer of its own; its mask must reach the output all the same."""
     torch.manual_seed(0)
     model, images = Mixed().train(training), torch.randn(2, 3, 8, 8)
-    slots = masking.find_prunable_weights(model)
-    masking.attach_scores(slots)
-    masking.update_masks(slots, 0.5, "layer")
+    prunables = masking.find_prunable_weights(model)
+    masking.attach_scores(prunables)
+    masking.update_masks(prunables, 0.5, "layer")
     searched = model(images)
-    masks = {name: part.mask.clone() for name, part in masking.masked_weights(slots).items()}
-    masking.detach_scores(slots)
+    masks = {name: part.mask.clone() for name, part in masking.masked_weights(prunables).items()}
+    masking.detach_scores(prunables)
     dense = model(images)
-    masking.freeze(slots, masks)
+    masking.freeze(prunables, masks)
     torch.testing.assert_close(model(images), searched)
     assert (searched - dense).abs().max() > 1e-4
 
@@ -335,19 +335,20 @@ OPTIMIZERS = {
 def test_frozen_weights_stay_exactly_zero(optimizer, autocast):
     torch.manual_seed(0)
     model = Mixed()
-    slots = masking.find_prunable_weights(model)
-    masks = select_masks({name: masking.stored_weight(slot).abs() for name, slot in slots.items()}, 0.7, "layer")
-    masking.freeze(slots, masks)
-    masking.mask_gradients(slots)
+    prunables = masking.find_prunable_weights(model)
+    magnitudes = {name: masking.stored_weight(prunable).abs() for name, prunable in prunables.items()}
+    masks = select_masks(magnitudes, 0.7, "layer")
+    masking.freeze(prunables, masks)
+    masking.mask_gradients(prunables)
     stepper = OPTIMIZERS[optimizer](model.parameters())
-    before = {name: masking.stored_weight(slot).detach().clone() for name, slot in slots.items()}
+    before = {name: masking.stored_weight(prunable).detach().clone() for name, prunable in prunables.items()}
     for _ in range(5):
         stepper.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             model(torch.randn(2, 3, 8, 8)).square().sum().backward()
         stepper.step()
-    for name, slot in slots.items():
-        weight = masking.stored_weight(slot)
+    for name, prunable in prunables.items():
+        weight = masking.stored_weight(prunable)
         assert (weight[~masks[name]] == 0).all()
         assert (weight[masks[name]] != before[name][masks[name]]).any()
 
@@ -358,14 +359,14 @@ def test_momentum_of_an_older_optimizer_leaks_and_is_undone():
     stepper = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     layer(torch.ones(2)).sum().backward()
     stepper.step()
-    slots = masking.find_prunable_weights(layer)
-    masking.freeze(slots, {"weight": bits("01").view(1, 2)})
-    masking.mask_gradients(slots)
+    prunables = masking.find_prunable_weights(layer)
+    masking.freeze(prunables, {"weight": bits("01").view(1, 2)})
+    masking.mask_gradients(prunables)
     stepper.zero_grad()
     layer(torch.ones(2)).sum().backward()
     stepper.step()
     assert layer.weight[0, 0].item() == pytest.approx(-0.09)
-    masking.zero_masked_weights(slots)
+    masking.zero_masked_weights(prunables)
     assert layer.weight[0, 0] == 0
 
 

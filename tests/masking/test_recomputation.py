@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vpns_hf import masking
 from vpns_hf.masking import search
-from vpns_hf.masking.recomputation import can_be_made_again, recomputing
+from vpns_hf.masking.recomputation import can_recompute, recomputing
 from vpns_hf.model import modeling
 
 
@@ -43,9 +43,9 @@ def test_masked_weights_live_only_within_their_layer(family, monkeypatch):
 
     def watch(tensor, *how):
         stored.append(StorageWeakRef(tensor.untyped_storage()))
-        can_be_made_again(tensor, *how)
+        can_recompute(tensor, *how)
 
-    monkeypatch.setattr(search, "can_be_made_again", watch)
+    monkeypatch.setattr(search, "can_recompute", watch)
     model, images = tiny_model(family).train(), torch.randn(2, 3, 32, 32)
     output = model(images, use_prompt=True)
     assert len(stored) >= len(model.masks())
@@ -109,9 +109,9 @@ def test_layers_used_twice_and_several_weights_of_one_layer():
             return output.sum() + attended.square().sum()
 
     model, x, found = Shared(), torch.randn(2, 3, 6), []
-    slots = masking.find_prunable_weights(model)
-    masking.attach_scores(slots)
-    masking.update_masks(slots, 0.5, "layer")
+    prunables = masking.find_prunable_weights(model)
+    masking.attach_scores(prunables)
+    masking.update_masks(prunables, 0.5, "layer")
     for context in (recomputing, nullcontext):
         with context():
             output = model(x)
@@ -123,7 +123,7 @@ def test_a_tensor_that_was_changed_is_kept():
     weight, x = torch.randn(3, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
     with recomputing():
         doubled = 2 * weight
-        can_be_made_again(doubled, lambda weight: 2 * weight, weight)
+        can_recompute(doubled, lambda weight: 2 * weight, weight)
         doubled.mul_(3)
         output = x @ doubled
     output.sum().backward()
@@ -135,14 +135,14 @@ def test_tensors_without_memory_are_kept():
     weight, x = torch.randn(3, 3, requires_grad=True), torch.ones(3, 3, requires_grad=True)
     with recomputing():
         doubled = 2 * weight
-        can_be_made_again(doubled, lambda weight: 2 * weight, weight)
+        can_recompute(doubled, lambda weight: 2 * weight, weight)
         output = torch.sparse.mm(torch.eye(3).to_sparse(), x @ doubled)
     output.sum().backward()
     assert torch.equal(x.grad, (2 * weight.detach()).sum(1).expand(3, 3))
 
     weight, index = torch.empty(3, 3, device="meta", requires_grad=True), torch.empty(3, dtype=int, device="meta")
     with recomputing():
-        can_be_made_again(2 * weight, lambda weight: 2 * weight, weight)
+        can_recompute(2 * weight, lambda weight: 2 * weight, weight)
         output = weight.index_select(0, index)
     assert output.grad_fn._saved_index.dtype == torch.int64
 
@@ -152,7 +152,7 @@ def test_what_was_told_is_forgotten_outside():
     with recomputing():
         pass
     product = weight * mask
-    can_be_made_again(product, lambda *_: torch.zeros(4, 4), weight, mask)
+    can_recompute(product, lambda *_: torch.zeros(4, 4), weight, mask)
     (product * product).sum().backward()
     assert torch.equal(weight.grad, 2 * weight.detach() * mask)
 
@@ -162,7 +162,7 @@ def test_only_the_tensor_itself_is_made_again():
     weight, other = torch.randn(3, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
     with recomputing():
         doubled = 2 * weight
-        can_be_made_again(doubled, lambda _: torch.full((3, 3), 7.0), weight)
+        can_recompute(doubled, lambda _: torch.full((3, 3), 7.0), weight)
         transposed, unrelated = doubled.t() @ torch.ones(3, 3), other * other
         (transposed * transposed).sum().backward(retain_graph=True)
         product = (doubled * other).sum()

@@ -286,10 +286,10 @@ def test_synflow_leaves_the_range_of_float32():
 def test_wanda_norms_are_those_of_unfolded_inputs(family):
     backbone, batches = noisy_backbone(family), make_batches()
     found = score_weights("wanda", tiny_model(copy.deepcopy(backbone)), batches)
-    slots, seen = find_prunable_weights(backbone), {}
+    prunables, seen = find_prunable_weights(backbone), {}
 
     def note(name, inputs, outputs):
-        layer = slots[name].module
+        layer = prunables[name].module
         if isinstance(layer, nn.Linear):
             columns = inputs.reshape(-1, inputs.shape[-1])
         else:
@@ -297,12 +297,12 @@ def test_wanda_norms_are_those_of_unfolded_inputs(family):
             columns = unfolded.transpose(1, 2).flatten(0, 1)
         seen.setdefault(name, []).append(columns)
 
-    with torch.no_grad(), observe_inputs(slots, note):
+    with torch.no_grad(), observe_inputs(prunables, note):
         for batch in batches:
             backbone(pixel_values=batch["pixel_values"])
     for name, score in found.items():
-        weight, norms = slots[name].module.weight.detach(), torch.cat(seen[name]).norm(dim=0)
-        groups = slots[name].module.groups if weight.dim() == 4 else 1
+        weight, norms = prunables[name].module.weight.detach(), torch.cat(seen[name]).norm(dim=0)
+        groups = prunables[name].module.groups if weight.dim() == 4 else 1
         per_row = norms.view(groups, -1).repeat_interleave(len(weight) // groups, 0).view_as(weight)
         torch.testing.assert_close(score, weight.abs() * per_row, rtol=1e-4, atol=1e-7)
 

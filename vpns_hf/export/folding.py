@@ -19,19 +19,19 @@ PIXEL_TOLERANCE = 0.03
 
 
 class Placement(VisualPrompt):
-    """What a prompt does to an image besides adding itself: shrink it and centre it on black."""
+    """Placement of an image under a prompt, without the prompt: shrunk and centred on black."""
 
     def __init__(self, config: PromptedSparseConfig, prompt: VisualPrompt):
         super().__init__(config)
         self.inner_size = prompt.inner_size
 
     def delta(self) -> Tensor:
-        """Nothing: [channels, height, width] zeros."""
+        """Return zeros, [channels, height, width]."""
         return torch.zeros(len(self.mean), *self.image_size)
 
 
 def fold_prompt(plain: PreTrainedModel, prompt: VisualPrompt) -> None:
-    """Add what the patch embedding makes of the prompt to the position embeddings.
+    """Fold a prompt into the position embeddings by adding its patch embeddings to them.
 
     The patch embedding is linear in the pixels. Beside the image, on black, the prompt is a constant even after it is
     clamped; where it overlaps the image it is not.
@@ -40,16 +40,16 @@ def fold_prompt(plain: PreTrainedModel, prompt: VisualPrompt) -> None:
     image_area = prompt.place(torch.ones(1, 1, *prompt.image_size))[0] > 0
     if (delta * image_area).any():
         raise ValueError(
-            "This prompt overlaps the image, so what it adds changes with the image, and no stock model holds it: "
-            "export to ONNX, which builds the prompt in, or with `use_prompt=False`, which loses it."
+            "This prompt overlaps the image, so its effect changes with the image, and no stock model can hold it: "
+            "export to ONNX, which builds the prompt in, or without the prompt by `use_prompt=False`."
         )
     projections = [part for part in plain.modules() if isinstance(part, nn.Conv2d) and part.in_channels == len(delta)]
     positions = [p for name, p in plain.named_parameters() if name.endswith(("position_embeddings", "pos_embed"))]
     if len(projections) != 1 or len(positions) != 1:
         raise ValueError(
             f"{type(plain).__name__} does not add position embeddings to patches as a ViT does, so the prompt cannot "
-            "be folded into them: export to ONNX, which builds the prompt in, or with `use_prompt=False`, which loses "
-            "it."
+            "be folded into them: export to ONNX, which builds the prompt in, or without the prompt by "
+            "`use_prompt=False`."
         )
     (projection,), (position,) = projections, positions
     normalised = delta.clamp(0, 1) / torch.tensor(prompt.std).view(-1, 1, 1)
@@ -59,7 +59,10 @@ def fold_prompt(plain: PreTrainedModel, prompt: VisualPrompt) -> None:
 
 
 def placing_processor(image_processor: BaseImageProcessor, placement: Placement) -> BaseImageProcessor:
-    """The image processor that also shrinks images and centres them on black; cropping to more than there is pads."""
+    """Extend an image processor to shrink images and centre them on black.
+
+    Cropping to more than the size of the image pads with black.
+    """
     (height, width), (inner_height, inner_width) = placement.image_size, placement.inner_size
     changes = {
         "size": {"height": inner_height, "width": inner_width},
@@ -79,7 +82,7 @@ def placing_processor(image_processor: BaseImageProcessor, placement: Placement)
 
 
 def sample_picture(image_size: tuple[int, int]) -> PILImage.Image:
-    """A smooth picture with other proportions than the image size."""
+    """Return a smooth picture with other proportions than the image size."""
     height, width = 2 * image_size[0] + 1, 3 * image_size[1] + 1
     down, right = np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width)[None]
     return PILImage.fromarray(np.stack(np.broadcast_arrays(down, right, 255 - right), axis=2).astype(np.uint8))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..model.configuration import PromptedSparseConfig
 from ..model.modeling import PromptedSparseModel
-from .plain import require_equal, resolve_prompt, sample_images, say_what_is_lost
+from .plain import require_equal, resolve_prompt, sample_images, warn_of_lost_prompt
 
 # A protobuf message, and so an ONNX file, ends at 2 GiB; weights beyond that lie in a file of their own.
 _LARGEST_ONNX = 2**31 - 2**24
@@ -45,10 +45,11 @@ def export_onnx(
     `pip install "vpns-hf[onnx]"`.
 
     Args:
-        model: in any state, of any dtype; stays as it is.
-        path: the file; replaced if it is there. Weights of 2 GiB and more lie beside it, in `<path>.data`.
+        model: model in any state, of any dtype; not modified.
+        path: path of the file, which is replaced if it exists. Weights of 2 GiB and more are written beside it, to
+            `<path>.data`.
         use_prompt: whether the prompt is built in; None: `model.config.use_prompt`.
-        opset: version of the ONNX operators; None: torch's choice.
+        opset: version of the ONNX operators; None: the default of torch.
 
     Raises:
         ImportError: the packages that ONNX needs are missing.
@@ -60,9 +61,9 @@ def export_onnx(
     except ImportError as error:
         raise ImportError(f'ONNX needs more packages: `pip install "vpns-hf[onnx]"` ({error}).') from error
     path, use_prompt = Path(path), resolve_prompt(model, use_prompt)
-    say_what_is_lost(model, use_prompt)
+    warn_of_lost_prompt(model, use_prompt)
     wrapped = copy.deepcopy(model).cpu().float().eval()
-    wrapped.merge_and_unload()  # masks would be written beside the weights
+    wrapped.merge_and_unload()  # otherwise the file would hold the masks, too
     images = sample_images(wrapped.config, count=3)
     expected = wrapped(images, use_prompt=use_prompt).logits
     program = torch.onnx.export(
@@ -100,10 +101,10 @@ def _onnx_metadata(config: PromptedSparseConfig, use_prompt: bool) -> dict[str, 
 
 @contextmanager
 def _written_whole(path: Path) -> Iterator[Path]:
-    """A path of the same name elsewhere; what is written there takes its place when the block ends well."""
+    """Yield a temporary path of the same name, whose files move to `path` when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as name:
         yield Path(name) / path.name
-        # The weights, where they are a file of their own, come first.
+        # A separate file of weights comes first.
         for file in sorted(Path(name).iterdir(), key=lambda file: file.name == path.name):
             os.replace(file, path.with_name(file.name))

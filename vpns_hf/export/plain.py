@@ -29,7 +29,7 @@ _TOLERANCE = 1e-4
 
 @torch.no_grad()
 def plain_model(model: PromptedSparseModel, use_prompt: bool | None = None) -> PreTrainedModel:
-    """The pruned backbone as a stock model of its own that gives the logits of `model`, which stays as it is.
+    """Build a stock model of the pruned backbone that gives the logits of `model`.
 
     The zeros are written in. A label mapping that reads a head of all source classes is multiplied into the head, and
     with another image size than the backbone's own the position embeddings are interpolated to it.
@@ -39,7 +39,7 @@ def plain_model(model: PromptedSparseModel, use_prompt: bool | None = None) -> P
     and centred on black already; the image processor that [`export_plain`] writes does that.
 
     Args:
-        model: in any state; in the search state its present masks are taken.
+        model: model in any state, with its current masks in the search state; not modified.
         use_prompt: whether the logits are those with the prompt; None: `model.config.use_prompt`.
 
     Returns:
@@ -49,7 +49,7 @@ def plain_model(model: PromptedSparseModel, use_prompt: bool | None = None) -> P
         ValueError: no stock model gives these logits, as with a prompt that overlaps the image; or there is no prompt.
     """
     use_prompt = resolve_prompt(model, use_prompt)
-    say_what_is_lost(model, use_prompt)
+    warn_of_lost_prompt(model, use_prompt)
     wrapped = copy.deepcopy(model).cpu().float().eval()
     images = sample_images(wrapped.config)
     expected = wrapped(images, use_prompt=use_prompt).logits
@@ -70,17 +70,17 @@ def export_plain(
     image_processor: BaseImageProcessor | None = None,
     use_prompt: bool | None = None,
 ) -> None:
-    """Write [`plain_model`] as a folder that stock transformers loads, without vpns_hf.
+    """Write [`plain_model`] as a folder that stock transformers loads without vpns_hf.
 
     A timm backbone is written in timm's own layout, which both `timm.create_model("local-dir:...", pretrained=True)`
     and transformers load; its preprocessing is part of `config.json`.
 
     Args:
-        model: stays as it is.
-        folder: new or empty; it appears complete or not at all.
-        image_processor: the one that the model is evaluated with, written beside it. With a folded prompt it also
-            shrinks the image and centres it on black; it then resizes once where `model` resizes twice, so pixels
-            differ by rounding. None: only the model is written.
+        model: model in any state; not modified.
+        folder: new or empty folder; it appears complete or not at all.
+        image_processor: image processor that the model is evaluated with, written beside it. With a folded prompt it
+            also shrinks the image and centres it on black; it then resizes once where `model` resizes twice, so
+            pixels differ by rounding. None: only the model is written.
         use_prompt: whether the logits are those with the prompt; None: `model.config.use_prompt`.
 
     Raises:
@@ -116,7 +116,7 @@ def resolve_prompt(model: PromptedSparseModel, use_prompt: bool | None) -> bool:
     return resolved
 
 
-def say_what_is_lost(model: PromptedSparseModel, use_prompt: bool) -> None:
+def warn_of_lost_prompt(model: PromptedSparseModel, use_prompt: bool) -> None:
     """Warn if the export leaves out the prompt that the model applies by default."""
     if model.config.use_prompt and not use_prompt:
         logger.warning(
@@ -126,7 +126,7 @@ def say_what_is_lost(model: PromptedSparseModel, use_prompt: bool) -> None:
 
 
 def sample_images(config: PromptedSparseConfig, count: int = 2) -> Tensor:
-    """Random normalised images, always the same: [count, channels, height, width]."""
+    """Draw random normalised images with a fixed seed: [count, channels, height, width]."""
     if config.image_size is None:
         raise ValueError(
             "The size of the model's images is not known; set `model.config.image_size = [height, width]`."
@@ -136,19 +136,23 @@ def sample_images(config: PromptedSparseConfig, count: int = 2) -> Tensor:
     return (torch.rand(count, len(mean), *config.image_size, generator=generator) - mean) / std
 
 
-def require_equal(found: Tensor, expected: Tensor, what: str) -> None:
-    """Raise unless exported outputs equal the model's within the tolerance."""
+def require_equal(found: Tensor, expected: Tensor, export: str) -> None:
+    """Refuse exported outputs that differ from those of the model by more than the tolerance.
+
+    Raises:
+        ValueError: they differ.
+    """
     difference = float((found - expected).abs().max()) if found.shape == expected.shape else math.inf
     # Not `>`: NaN compares with nothing.
     if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
         raise ValueError(
-            f"{what} does not give the logits of this model (largest difference {difference:.2g}), so it was not "
+            f"{export} does not give the logits of this model (largest difference {difference:.2g}), so it was not "
             "written."
         )
 
 
 def _rebuilt(plain: PreTrainedModel, **changes: Any) -> PreTrainedModel:
-    """A model of the same class with changes in its configuration, and fresh weights."""
+    """Build a model of the same class with changes in its configuration and newly initialised weights."""
     config = copy.deepcopy(plain.config)
     for name, value in changes.items():
         setattr(config, name, value)
@@ -157,9 +161,9 @@ def _rebuilt(plain: PreTrainedModel, **changes: Any) -> PreTrainedModel:
 
 
 def _at_image_size(plain: PreTrainedModel, config: PromptedSparseConfig) -> PreTrainedModel:
-    """The model built for the images that it is evaluated on, position embeddings interpolated as it does it itself.
+    """Rebuild a model for its image size, with position embeddings interpolated by its own method.
 
-    Stock models interpolate only when a call asks for it, which a saved model cannot.
+    Stock models interpolate only in calls that request it, which a saved model cannot do.
     """
     native = plain.config.to_dict().get("image_size")
     height, width = config.image_size or ()
@@ -174,7 +178,7 @@ def _at_image_size(plain: PreTrainedModel, config: PromptedSparseConfig) -> PreT
         if tensor_name != "position_embeddings":
             raise ValueError(
                 f"A stock {type(plain).__name__} takes images of {height} x {width} pixels only in calls with "
-                f"`interpolate_pos_encoding=True`, which a saved model cannot ask for ({name} has another shape); "
+                f"`interpolate_pos_encoding=True`, which a saved model cannot request ({name} has another shape); "
                 "export it to ONNX instead."
             )
         embeddings: Any = plain.get_submodule(owner)
@@ -184,7 +188,7 @@ def _at_image_size(plain: PreTrainedModel, config: PromptedSparseConfig) -> PreT
 
 
 def _label_weights(model: PromptedSparseModel) -> Tensor | None:
-    """The weight of each source class for each target class, [source, target], where the head has source classes."""
+    """Return the weights of source for target classes, [source, target]; None where the head has target classes."""
     config = model.config
     if config.label_mapping_state == "unset":
         return None
@@ -196,7 +200,7 @@ def _label_weights(model: PromptedSparseModel) -> Tensor | None:
 
 
 def _with_labels(plain: PreTrainedModel, config: PromptedSparseConfig, label_weights: Tensor) -> PreTrainedModel:
-    """The model whose head gives `logits @ label_weights`, which is exact for a linear head."""
+    """Multiply label weights into a linear head, so that it gives `logits @ label_weights`."""
     mapped = _rebuilt(plain, id2label=dict(config.id2label), label2id=dict(config.label2id))
     sources = len(label_weights)
 

@@ -23,7 +23,7 @@ def save_timm(
     config: PromptedSparseConfig,
     image_processor: BaseImageProcessor | None,
 ) -> None:
-    """Write `config.json` and `model.safetensors` as timm does."""
+    """Write `config.json` and `model.safetensors` in the layout of timm."""
     timm_config = copy.deepcopy(plain.config)
     # Where the pretrained weights came from, and how they were converted, is not true of these.
     timm_config.pretrained_cfg = {
@@ -41,7 +41,7 @@ def save_timm(
 
 
 def _timm_preprocessing(image_processor: BaseImageProcessor, config: PromptedSparseConfig) -> dict[str, Any]:
-    """What an image processor does in the words of timm's `pretrained_cfg`."""
+    """Translate an image processor into fields of timm's `pretrained_cfg`."""
     settings, (image_size, mean, std) = image_processor.to_dict(), config.geometry
     size = settings["size"]
     keeps_proportions = "shortest_edge" in size
@@ -60,7 +60,7 @@ def _timm_preprocessing(image_processor: BaseImageProcessor, config: PromptedSpa
     expected = image_processor(picture, return_tensors="pt")["pixel_values"]
     if pixel_difference(transform(picture)[None], expected) > PIXEL_TOLERANCE:
         raise ValueError(
-            f"timm has no preprocessing that does what this {type(image_processor).__name__} does; export without an "
+            f"timm has no preprocessing that equals this {type(image_processor).__name__}; export without an "
             "image processor to keep the one of the pretrained model."
         )
     return found

@@ -23,69 +23,71 @@ def overwrite(masks: Mapping[str, Tensor], selected: Mapping[str, Tensor]) -> in
     return flips
 
 
-def check_masks(masks: Mapping[str, Tensor], slots: Mapping[str, PrunableWeight]) -> None:
+def check_masks(masks: Mapping[str, Tensor], prunables: Mapping[str, PrunableWeight]) -> None:
     """Refuse masks that do not belong to these weights.
 
     Raises:
         ValueError: names or shapes differ.
     """
-    if unknown := sorted(set(masks) ^ set(slots)):
+    if unknown := sorted(set(masks) ^ set(prunables)):
         raise ValueError(
-            f"Masks must name exactly the {len(slots)} prunable weights of this model; {len(unknown)} names differ, "
-            f"such as {unknown[0]}."
+            f"Masks must name exactly the {len(prunables)} prunable weights of this model; {len(unknown)} names "
+            f"differ, such as {unknown[0]}."
         )
-    for name, slot in slots.items():
-        if masks[name].shape != (shape := stored_weight(slot).shape):
+    for name, prunable in prunables.items():
+        if masks[name].shape != (shape := stored_weight(prunable).shape):
             raise ValueError(
                 f"The mask of {name} has shape {tuple(masks[name].shape)}; the weight has {tuple(shape)}."
             )
 
 
-def freeze(slots: Mapping[str, PrunableWeight], masks: Mapping[str, Tensor]) -> None:
-    """Dense to frozen: write the zeros into the weights and keep each mask as buffer `<name>_mask`."""
-    for name, slot in slots.items():
-        weight = stored_weight(slot)
-        slot.module.register_buffer(slot.tensor_name + MASK_SUFFIX, masks[name].to(weight.device))
-    zero_masked_weights(slots)
+def freeze(prunables: Mapping[str, PrunableWeight], masks: Mapping[str, Tensor]) -> None:
+    """Write the zeros into dense weights and register each mask as buffer `<name>_mask` (dense to frozen)."""
+    for name, prunable in prunables.items():
+        weight = stored_weight(prunable)
+        prunable.module.register_buffer(prunable.tensor_name + MASK_SUFFIX, masks[name].to(weight.device))
+    zero_masked_weights(prunables)
 
 
-def change_frozen_masks(slots: Mapping[str, PrunableWeight], masks: Mapping[str, Tensor]) -> int:
+def change_frozen_masks(prunables: Mapping[str, PrunableWeight], masks: Mapping[str, Tensor]) -> int:
     """Replace frozen masks in place, write the zeros, and return how many entries changed.
 
     A weight that comes back starts at zero, unless its zero was not written yet.
     """
-    flips = overwrite(frozen_masks(slots), masks)
-    zero_masked_weights(slots)
+    flips = overwrite(frozen_masks(prunables), masks)
+    zero_masked_weights(prunables)
     return flips
 
 
-def unfreeze(slots: Mapping[str, PrunableWeight]) -> None:
-    """Frozen to dense: drop the masks, of gradients as well; the zeros stay in the weights."""
-    for slot in slots.values():
-        delattr(slot.module, slot.tensor_name + MASK_SUFFIX)
-        stored_weight(slot)._backward_hooks = None
+def unfreeze(prunables: Mapping[str, PrunableWeight]) -> None:
+    """Remove the masks and the gradient hooks (frozen to dense); the zeros stay in the weights."""
+    for prunable in prunables.values():
+        delattr(prunable.module, prunable.tensor_name + MASK_SUFFIX)
+        stored_weight(prunable)._backward_hooks = None
 
 
-def frozen_masks(slots: Mapping[str, PrunableWeight]) -> dict[str, Tensor]:
-    """The mask buffers by weight name; frozen state only."""
-    return {name: slot.module.get_buffer(slot.tensor_name + MASK_SUFFIX) for name, slot in slots.items()}
+def frozen_masks(prunables: Mapping[str, PrunableWeight]) -> dict[str, Tensor]:
+    """Return the mask buffers by weight name; frozen state only."""
+    return {
+        name: prunable.module.get_buffer(prunable.tensor_name + MASK_SUFFIX) for name, prunable in prunables.items()
+    }
 
 
 @torch.no_grad()
-def zero_masked_weights(slots: Mapping[str, PrunableWeight]) -> None:
+def zero_masked_weights(prunables: Mapping[str, PrunableWeight]) -> None:
     """Write exact zeros wherever a frozen mask is False."""
-    for name, mask in frozen_masks(slots).items():
-        write_zeros(sharding.local(stored_weight(slots[name])), sharding.local(mask))
+    for name, mask in frozen_masks(prunables).items():
+        write_zeros(sharding.local(stored_weight(prunables[name])), sharding.local(mask))
 
 
-def mask_gradients(slots: Mapping[str, PrunableWeight]) -> None:
-    """Hook the weights so that pruned entries get no gradient.
+def mask_gradients(prunables: Mapping[str, PrunableWeight]) -> None:
+    """Register gradient hooks on the weights, which zero the gradients of pruned entries.
 
-    An optimizer made afterwards then holds no momentum or second moment for them and weight decay keeps 0 at 0, so
-    they stay exactly zero in any training loop.
+    An optimizer that is created afterwards holds no momentum or second moment for them and weight decay keeps 0 at 0,
+    so they stay exactly zero in any training loop.
     """
-    for slot in slots.values():
-        weight, mask = stored_weight(slot), _GradientMask(slot)
+    for prunable in prunables.values():
+        weight, mask = stored_weight(prunable), _GradientMask(prunable)
         trainable = weight.requires_grad
         # torch only takes hooks on tensors that require a gradient; this one may be made trainable later.
         weight.requires_grad_(True)
@@ -98,11 +100,11 @@ def mask_gradients(slots: Mapping[str, PrunableWeight]) -> None:
 
 
 class _GradientMask:
-    def __init__(self, slot: PrunableWeight):
-        self.slot = slot
+    def __init__(self, prunable: PrunableWeight):
+        self.prunable = prunable
 
     def __call__(self, grad: Tensor) -> Tensor:
-        """The gradient with zeros where the mask is False."""
+        """Return the gradient with zeros where the mask is False."""
         return masked(grad, self._mask)
 
     @torch.no_grad()
@@ -113,4 +115,4 @@ class _GradientMask:
 
     @property
     def _mask(self) -> Tensor:
-        return self.slot.module.get_buffer(self.slot.tensor_name + MASK_SUFFIX)
+        return self.prunable.module.get_buffer(self.prunable.tensor_name + MASK_SUFFIX)

@@ -13,7 +13,7 @@ MASK_SUFFIX = "_mask"
 
 
 class PrunableWeight(NamedTuple):
-    """Where a prunable weight lives: `getattr(module, tensor_name)`."""
+    """A prunable weight by its owner and its name there: `getattr(module, tensor_name)`."""
 
     module: nn.Module
     tensor_name: str
@@ -34,7 +34,9 @@ def _weight_names(module: nn.Module) -> tuple[str, ...]:
 def find_prunable_weights(
     backbone: nn.Module, ignore_modules: Iterable[str] = (), skip: Iterable[str] = ()
 ) -> dict[str, PrunableWeight]:
-    """Weights of linear and convolution layers (never biases, norms, tokens or position embeddings), in module order.
+    """Find the weights of linear and convolution layers, in module order.
+
+    Biases, norms, tokens and position embeddings are never prunable.
 
     Args:
         backbone: a model in any state.
@@ -47,21 +49,21 @@ def find_prunable_weights(
     """
     modules = {name: module for name, module in backbone.named_modules() if "parametrizations" not in name.split(".")}
     ignored = {name for entry in ignore_modules for name in _matching_modules(entry, modules)}
-    slots, owners = {}, dict[int, str]()
+    prunables, owners = {}, dict[int, str]()
     for name, module in modules.items():
         if any(name == entry or name.startswith(f"{entry}.") for entry in ignored):
             continue
         for tensor_name in _weight_names(module):
-            full_name, slot = f"{name}.{tensor_name}".lstrip("."), PrunableWeight(module, tensor_name)
+            full_name, prunable = f"{name}.{tensor_name}".lstrip("."), PrunableWeight(module, tensor_name)
             if full_name in set(skip):
                 continue
-            if (owner := owners.setdefault(id(stored_weight(slot)), full_name)) != full_name:
+            if (owner := owners.setdefault(id(stored_weight(prunable)), full_name)) != full_name:
                 raise ValueError(
                     f"{owner} and {full_name} share one weight, which cannot be masked twice; list one in "
                     "`ignore_modules`."
                 )
-            slots[full_name] = slot
-    return slots
+            prunables[full_name] = prunable
+    return prunables
 
 
 def _matching_modules(entry: str, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -73,26 +75,26 @@ def _matching_modules(entry: str, modules: Mapping[str, nn.Module]) -> list[str]
     return found
 
 
-def stored_weight(slot: PrunableWeight) -> Tensor:
-    """The parameter that stores the weight itself, whether or not it is parametrized."""
-    if parametrize.is_parametrized(slot.module, slot.tensor_name):
-        return parametrizations(slot).original
-    return slot.module.get_parameter(slot.tensor_name)
+def stored_weight(prunable: PrunableWeight) -> Tensor:
+    """Return the parameter that stores a weight, whether or not it is parametrized."""
+    if parametrize.is_parametrized(prunable.module, prunable.tensor_name):
+        return parametrizations(prunable).original
+    return prunable.module.get_parameter(prunable.tensor_name)
 
 
-def all_kept(slots: Mapping[str, PrunableWeight]) -> dict[str, Tensor]:
-    """A mask for each weight that prunes nothing."""
-    return {name: torch.ones_like(stored_weight(slot), dtype=torch.bool) for name, slot in slots.items()}
+def all_kept(prunables: Mapping[str, PrunableWeight]) -> dict[str, Tensor]:
+    """Return masks that keep every weight."""
+    return {name: torch.ones_like(stored_weight(prunable), dtype=torch.bool) for name, prunable in prunables.items()}
 
 
-def parametrizations(slot: PrunableWeight) -> parametrize.ParametrizationList:
+def parametrizations(prunable: PrunableWeight) -> parametrize.ParametrizationList:
     """Return the parametrizations of a masked weight."""
-    by_tensor = cast(nn.ModuleDict, slot.module.parametrizations)
-    return cast(parametrize.ParametrizationList, by_tensor[slot.tensor_name])
+    by_tensor = cast(nn.ModuleDict, prunable.module.parametrizations)
+    return cast(parametrize.ParametrizationList, by_tensor[prunable.tensor_name])
 
 
 def dense_state(backbone: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under the names that they have in the dense backbone; scores and masks are left out."""
+    """Return parameters and buffers by their names in the dense backbone, without scores and masks."""
     state = {}
     for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
         if name.endswith((".0.scores", ".0.mask")) and "parametrizations" in name.split("."):

@@ -1,7 +1,7 @@
-"""Tensors that are made anew in the backward pass in place of being kept for it.
+"""Recompute masked weights in the backward pass instead of saving them in the forward pass.
 
-A layer keeps its weight for its backward pass. A masked weight is a tensor of its own, so all layers together would
-keep a second copy of all weights, and it takes but a moment to make it again from the weight and its mask.
+Autograd saves the weight of each layer for the backward pass. A masked weight is a tensor of its own, so all layers
+together would save a second copy of all weights. Recomputing one from the weight and its mask is cheap.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _active: ContextVar[_Recomputation | None] = ContextVar("recomputation", default
 
 @contextmanager
 def recomputing() -> Iterator[None]:
-    """Within, no operation keeps a tensor for its backward pass that [`can_be_made_again`] was told of just before.
+    """Recompute the tensors registered by [`can_recompute`] in the backward pass instead of saving them.
 
-    It changes no result. Hooks for saved tensors that are set further inside, such as those of activation
-    checkpointing, take over there, and nothing is done where there are hooks already, such as those of
-    `torch.autograd.graph.save_on_cpu`; compiled graphs decide for themselves what they keep.
+    Results do not change. Saved-tensor hooks that are set further inside, such as those of activation checkpointing,
+    take precedence there. Nothing is recomputed where such hooks are active already, such as those of
+    `torch.autograd.graph.save_on_cpu`, nor in compiled graphs, which choose the tensors that they save.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _has_hooks():
         yield
@@ -36,39 +36,45 @@ def recomputing() -> Iterator[None]:
             yield
     finally:
         _active.reset(token)
-        # The graph keeps the hooks, which would keep the last tensor.
+        # The graph holds the hooks, and they would hold the last tensor.
         vars(recomputation).clear()
 
 
 def _has_hooks() -> bool:
-    # torch tells of the hooks that are set nowhere else; its own checkpointing asks here, too.
+    # No public function reports the active hooks; activation checkpointing in torch calls this one, too.
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def can_be_made_again(tensor: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Say that `function(*inputs)` gives the values of a tensor, in the same memory format."""
+def can_recompute(tensor: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Register a tensor as `function(*inputs)`, so that the backward pass recomputes it.
+
+    Args:
+        tensor: the tensor; only the last one that was registered counts.
+        function: the operation that computes it, in the same memory format.
+        inputs: the arguments of that operation, not modified before the backward pass.
+    """
     if not torch.compiler.is_compiling() and (recomputation := _active.get()) is not None:
         recomputation.storage, recomputation.version = tensor.untyped_storage(), tensor._version
         recomputation.function, recomputation.inputs = function, inputs
 
 
 class _Recomputation:
-    # The storage is held, so that another tensor cannot come to lie in its place.
+    # Holding the storage prevents another tensor from taking its address.
     storage: torch.UntypedStorage | None = None
     version: int
     function: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
 
     def pack(self, tensor: Tensor) -> _Saved:
-        if not self._shows(tensor):
-            return _Saved(lambda kept: kept, (tensor,))
+        if not self._covers(tensor):
+            return _Saved(lambda saved: saved, (tensor,))
         size, stride, offset = tensor.size(), tensor.stride(), tensor.storage_offset()
         function = self.function
         return _Saved(lambda *inputs: function(*inputs).as_strided(size, stride, offset), self.inputs)
 
-    def _shows(self, tensor: Tensor) -> bool:
-        """Whether it is the tensor that was told of, or a view of it, with the values that it had then."""
-        # Some have no storage, as sparse ones, and those of the meta device all have the address 0.
+    def _covers(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is the registered one or a view of it, unmodified since."""
+        # Sparse tensors have no storage, and all storages of the meta device have the address 0.
         return (
             self.storage is not None
             and torch._C._has_storage(tensor)
@@ -78,7 +84,7 @@ class _Recomputation:
 
 
 class _Saved:
-    """What the backward pass gets a tensor from."""
+    """The operation and the inputs from which the backward pass recomputes a tensor."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
         self.function, self.inputs = function, inputs
@@ -86,12 +92,12 @@ class _Saved:
 
     @torch.no_grad()
     def tensor(self) -> Any:
-        """The tensor as it was.
+        """Recompute the tensor.
 
         Raises:
-            RuntimeError: something that it is made from was changed after the forward pass.
+            RuntimeError: an input was modified in place after the forward pass.
         """
-        # Autograd checks this itself only for tensors without hooks.
+        # Autograd checks versions only of tensors without saved-tensor hooks.
         if [tensor._version for tensor in self.inputs] != self.versions:
             raise RuntimeError(
                 "A tensor that the backward pass needs was modified in place after the forward pass; change weights, "

@@ -16,13 +16,13 @@ from torch.nn.utils import parametrize
 from . import sharding
 from .frozen import overwrite
 from .prunable import PrunableWeight, parametrizations, stored_weight
-from .recomputation import can_be_made_again
+from .recomputation import can_recompute
 from .selection import select
 from .zeros import masked
 
 
 class _StraightThroughMask(torch.autograd.Function):
-    """Forward `weight * mask`, backward as if the mask were the scores (|scores| unless they are signed).
+    """Compute `weight * mask`, and pass the gradient straight through to the scores (|scores| unless signed).
 
     So dL/dscores = weight * dL/dmasked * sign(scores), for kept and pruned weights alike (HYDRA, arXiv 2002.10509),
     less the implicit gradient of BiP (arXiv 2210.04092), `implicit * mask * dL/dmasked`, from the weight.
@@ -48,7 +48,7 @@ class _StraightThroughMask(torch.autograd.Function):
 
 
 class MaskedWeight(nn.Module):
-    """Parametrization of one weight by a mask, with the scores that the mask is selected from.
+    """Parametrization of one weight by a mask and the scores from which the mask is selected.
 
     Args:
         scores: float32 tensor of the weight's shape; becomes a parameter.
@@ -67,16 +67,16 @@ class MaskedWeight(nn.Module):
         self.implicit_gradient = 0.0
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight with zeros where the mask is False."""
+        """Return the weight with zeros where the mask is False."""
         # FSDP2 gathers parameters for the forward of their block, but no buffers.
         mask = sharding.arranged_like(self.mask, weight)
         result = _StraightThroughMask.apply(weight, self.scores, mask, self.signed, self.implicit_gradient)
-        can_be_made_again(result, masked, weight, mask)
+        can_recompute(result, masked, weight, mask)
         return result
 
 
 def initial_scores(weight: Tensor) -> Tensor:
-    """HYDRA's scaled initialisation (arXiv 2002.10509), `sqrt(6 / fan_in) * weight / max|weight|`, in float32.
+    """Compute initial scores, `sqrt(6 / fan_in) * weight / max|weight|` in float32 (HYDRA, arXiv 2002.10509).
 
     Args:
         weight: [out, in, ...]; fan_in is the product of all but the first dimension.
@@ -86,31 +86,31 @@ def initial_scores(weight: Tensor) -> Tensor:
     return math.sqrt(6 / fan_in) * weight / weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def attach_scores(slots: Mapping[str, PrunableWeight], signed: bool = False) -> None:
-    """Dense to search: parametrize every weight with [`MaskedWeight`], all weights kept until a mask is selected.
+def attach_scores(prunables: Mapping[str, PrunableWeight], signed: bool = False) -> None:
+    """Parametrize dense weights with [`MaskedWeight`], all kept until a mask is selected (dense to search).
 
     Scores start at [`initial_scores`]; signed ones at zero (movement pruning, arXiv 2005.07683).
     """
-    for slot in slots.values():
-        scores = initial_scores(stored_weight(slot))
+    for prunable in prunables.values():
+        scores = initial_scores(stored_weight(prunable))
         masked = MaskedWeight(torch.zeros_like(scores) if signed else scores, signed)
-        parametrize.register_parametrization(slot.module, slot.tensor_name, masked, unsafe=True)
+        parametrize.register_parametrization(prunable.module, prunable.tensor_name, masked, unsafe=True)
 
 
-def detach_scores(slots: Mapping[str, PrunableWeight]) -> None:
-    """Search to dense: drop scores and masks and restore the weights as they are stored."""
+def detach_scores(prunables: Mapping[str, PrunableWeight]) -> None:
+    """Remove scores and masks and restore the stored weights (search to dense)."""
     # Backwards, so that several weights of one module end in their own order.
-    for slot in reversed(list(slots.values())):
-        _unshare_class(slot.module)
-        parametrize.remove_parametrizations(slot.module, slot.tensor_name, leave_parametrized=False)
-        _move_to_front(slot.module._parameters, slot.tensor_name)
+    for prunable in reversed(list(prunables.values())):
+        _unshare_class(prunable.module)
+        parametrize.remove_parametrizations(prunable.module, prunable.tensor_name, leave_parametrized=False)
+        _move_to_front(prunable.module._parameters, prunable.tensor_name)
 
 
 def _unshare_class(module: nn.Module) -> None:
     """Give a parametrized module a class of its own.
 
-    torch makes the weight a property of a class made for the module, but copies of the module share that class, so
-    that dropping the property from a copy would drop it from the original, too.
+    torch defines the weight as a property of a class that it creates for the module. Copies of the module share that
+    class, so removing the property from a copy would remove it from the original, too.
     """
     shared = type(module)
     members = {name: member for name, member in vars(shared).items() if name not in ("__dict__", "__weakref__")}
@@ -118,20 +118,20 @@ def _unshare_class(module: nn.Module) -> None:
 
 
 def _move_to_front(parameters: dict[str, Any], name: str) -> None:
-    """Undo that torch puts a weight that was parametrized behind the bias: optimizers go by the order."""
+    """Move a parameter to the front, because torch re-registers it last and optimizers rely on the order."""
     for other in [other for other in parameters if other != name]:
         parameters[other] = parameters.pop(other)
 
 
-def masked_weights(slots: Mapping[str, PrunableWeight]) -> dict[str, MaskedWeight]:
-    """The parametrization of each weight, by weight name; search state only."""
-    return {name: cast(MaskedWeight, parametrizations(slot)[0]) for name, slot in slots.items()}
+def masked_weights(prunables: Mapping[str, PrunableWeight]) -> dict[str, MaskedWeight]:
+    """Return the parametrization of each weight by weight name; search state only."""
+    return {name: cast(MaskedWeight, parametrizations(prunable)[0]) for name, prunable in prunables.items()}
 
 
 @torch.no_grad()
-def update_masks(slots: Mapping[str, PrunableWeight], sparsity: float, scope: str) -> int:
-    """Select the masks anew from the scores and return how many entries changed."""
-    masked = masked_weights(slots)
+def update_masks(prunables: Mapping[str, PrunableWeight], sparsity: float, scope: str) -> int:
+    """Select new masks from the scores and return the number of entries that changed."""
+    masked = masked_weights(prunables)
     signed = any(part.signed for part in masked.values())
     selected = select({name: part.scores for name, part in masked.items()}, sparsity, scope, magnitude=not signed)
     return overwrite({name: part.mask for name, part in masked.items()}, selected)

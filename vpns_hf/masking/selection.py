@@ -14,7 +14,7 @@ from .topk import NAN_SCORES, top_k_mask
 
 
 def kept_count(total: int, sparsity: float) -> int:
-    """Number of weights kept out of `total`: `round((1 - sparsity) * total)`, half to even.
+    """Return the number of weights kept out of `total`: `round((1 - sparsity) * total)`, half to even.
 
     Raises:
         ValueError: `sparsity` is not in [0, 1].
@@ -25,7 +25,7 @@ def kept_count(total: int, sparsity: float) -> int:
 
 
 def erk_densities(shapes: Mapping[str, torch.Size], sparsity: float) -> dict[str, float]:
-    """Erdos-Renyi-kernel density of each tensor (RigL, arXiv 1911.11134): proportional to `sum(shape) / prod(shape)`.
+    """Compute Erdos-Renyi-kernel densities, proportional to `sum(shape) / prod(shape)` (RigL, arXiv 1911.11134).
 
     Tensors that would need a density above 1 are made dense, the largest ratio first, and the rest is rescaled so that
     the total stays `(1 - sparsity) * N`.
@@ -60,7 +60,7 @@ SCOPES = ("global", *_COUNTS, "row")
 
 
 def _keep_largest_in_rows(score: Tensor, sparsity: float) -> Tensor:
-    """Bool tensor that is True at the largest entries of each row of [rows, ...]; ties go to the lower index."""
+    """Mark the largest entries of each row of [rows, ...] in a bool tensor; ties go to the lower index."""
     rows = score.flatten(1)
     if rows.isnan().any():
         raise ValueError(NAN_SCORES)
@@ -70,7 +70,7 @@ def _keep_largest_in_rows(score: Tensor, sparsity: float) -> Tensor:
 
 @torch.no_grad()
 def select_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str = "global") -> dict[str, Tensor]:
-    """Keep exactly the largest scores.
+    """Select masks that keep exactly the largest scores.
 
     Args:
         scores: one tensor of any shape, dtype and memory format per weight; larger = keep (no absolute value is

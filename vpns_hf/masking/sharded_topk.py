@@ -1,4 +1,4 @@
-"""Exact selection over scores of which every process holds a part: by counting, without gathering them."""
+"""Select the largest of sharded scores exactly, by counting, without gathering them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _DIGIT_BITS = 11
 
 @dataclass(frozen=True)
 class Shards:
-    """The processes that hold the parts.
+    """The processes that hold the parts of sharded tensors.
 
     Args:
-        rank: this process, from 0. In row-major order the part of rank 0 comes first, then that of rank 1, and so on.
-        size: how many processes there are.
-        sum: adds an int64 tensor up over the processes and gives every process the result.
+        rank: rank of this process, from 0. In row-major order the part of rank 0 comes first, then that of rank 1
+            and so on.
+        size: number of processes.
+        sum: function that sums an int64 tensor over the processes (an all-reduce).
     """
 
     rank: int
@@ -35,8 +36,8 @@ class RankedGroup:
     """Tensors that are ranked together.
 
     Args:
-        names: of the tensors, in the order that breaks ties.
-        kept: how many of their scores are kept, over all processes.
+        names: names of the tensors, in the order that breaks ties.
+        kept: number of scores kept over all processes.
     """
 
     names: Sequence[str]
@@ -45,7 +46,7 @@ class RankedGroup:
 
 @torch.no_grad()
 def select_on_shards(parts: Mapping[str, Tensor], groups: Sequence[RankedGroup], shards: Shards) -> dict[str, Tensor]:
-    """Keep exactly the largest scores of each group. All processes call it together.
+    """Select exactly the largest scores of each group; all processes call this together.
 
     A radix search: floats are mapped to integers of the same order, and the threshold is found digit by digit, from
     histograms that are summed over the processes (three for float32, however many scores there are). Ties are broken
@@ -54,8 +55,8 @@ def select_on_shards(parts: Mapping[str, Tensor], groups: Sequence[RankedGroup],
     Args:
         parts: this process's part of each tensor of scores, of any shape, possibly empty; names and dtypes are the
             same on every process.
-        groups: which names are ranked together; each name is in one group.
-        shards: who holds the other parts.
+        groups: names that are ranked together; each name is in one group.
+        shards: the processes that hold the parts.
 
     Returns:
         A contiguous bool tensor for each part, True where the score is kept.
@@ -85,7 +86,7 @@ def refuse_nan(parts: Iterable[Tensor], shards: Shards) -> None:
 
 
 def _ordered_integers(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous integers as wide as the widest dtype, in the order of the floats; equal floats give equal ones."""
+    """Map floats to contiguous integers of the widest dtype in the same order; equal floats give equal integers."""
     widest = functools.reduce(torch.promote_types, [part.dtype for part in parts.values()])
     keys = {}
     for name, part in parts.items():
@@ -99,7 +100,7 @@ def _ordered_integers(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _thresholds(
     keys: Mapping[str, Tensor], groups: Sequence[RankedGroup], shards: Shards
 ) -> tuple[list[int], list[int]]:
-    """The smallest key that is kept in each group, and how many of those that equal it are kept."""
+    """Find the smallest key kept in each group, and the number of keys kept that equal it."""
     example = next(iter(keys.values()))
     bits, lowest = torch.iinfo(example.dtype).bits, torch.iinfo(example.dtype).min
     # With the sign bit flipped, the digits read as unsigned have the order of the keys.
@@ -125,7 +126,7 @@ def _thresholds(
 def _counted_before(
     counts: Mapping[str, int], groups: Sequence[RankedGroup], shards: Shards, like: Mapping[str, Tensor]
 ) -> dict[str, int]:
-    """How many come before this process's part of each tensor in its group, of what every part has `counts`."""
+    """Count the ties that precede the part of this process in each tensor of a group."""
     device = next(iter(like.values())).device
     table = torch.zeros(len(counts), shards.size, dtype=torch.int64, device=device)
     table[:, shards.rank] = torch.tensor(list(counts.values()), device=device)

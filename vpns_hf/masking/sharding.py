@@ -20,7 +20,7 @@ from .sharded_topk import Shards
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether the tensors are split over processes.
+    """Return whether the tensors are sharded over processes.
 
     Raises:
         ValueError: some are and some are not.
@@ -35,17 +35,17 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, sharing its memory; all of it where it is not split."""
+    """Return the local shard of a tensor, sharing its memory; the tensor itself where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, gathered where it is split; all processes call it together."""
+    """Gather a sharded tensor; all processes call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def split_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor split as another of its shape is; every process passes the same values."""
+    """Shard a whole tensor like another of its shape; every process passes the same values."""
     if isinstance(tensor, DTensor) or not isinstance(other, DTensor):
         return tensor
     tensor = tensor.to(other.device)
@@ -53,12 +53,12 @@ def split_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def arranged_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A tensor, split or not, brought into the form of another of its shape; all processes call it together."""
+    """Shard or gather a tensor like another of its shape; all processes call this together."""
     return split_like(tensor, other) if isinstance(other, DTensor) else whole(tensor)
 
 
 def join_like(part: Tensor, other: Tensor) -> Tensor:
-    """The tensor of which this process holds `part`, split as another of its shape is."""
+    """Build the tensor whose local shard is `part`, sharded like another of its shape."""
     if not isinstance(other, DTensor):
         return part
     return DTensor.from_local(
@@ -67,7 +67,7 @@ def join_like(part: Tensor, other: Tensor) -> Tensor:
 
 
 def shards_of(tensors: Iterable[Tensor]) -> Shards:
-    """The processes that hold the parts of sharded tensors.
+    """Return the processes that hold the parts of sharded tensors.
 
     Raises:
         ValueError: they are not all split once, along their first dimension, over the same processes.
@@ -91,19 +91,19 @@ def shards_of(tensors: Iterable[Tensor]) -> Shards:
 
 
 def count_true(masks: Iterable[Tensor]) -> int:
-    """How many entries of bool tensors are True, over all processes."""
+    """Count the True entries of bool tensors over all processes."""
     masks = list(masks)
     counted = torch.stack([local(mask).count_nonzero() for mask in masks]).sum()
     return int(shards_of(masks).sum(counted) if is_sharded(masks) else counted)
 
 
 def full_state(model: nn.Module, on_every_process: bool = False) -> dict[str, Tensor]:
-    """The state dictionary of a sharded model, gathered tensor by tensor; all processes call it together.
+    """Gather the state dictionary of a sharded model, tensor by tensor; all processes call this together.
 
     Args:
         model: any module, sharded or not.
-        on_every_process: give it to every process, on its device; else to the first one, in the memory of the CPU,
-            and an empty one to the others.
+        on_every_process: whether every process gets it, on its device. Otherwise the first process gets it on the
+            CPU, and the others an empty one.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=not on_every_process)
     state: dict[str, Any] = get_model_state_dict(model, options=options)
@@ -122,7 +122,7 @@ def load_full_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def forget(model: nn.Module) -> None:
-    """Drop everything that a module holds, and what torch remembers of sharding it, so that it can be filled anew."""
+    """Clear a module and the state that torch keeps about sharding it."""
     model.__dict__.clear()
-    # torch shards a module once in its life and has no public way to undo it.
+    # torch shards a module only once and has no public function that undoes it.
     _composable_state._module_state_mapping.pop(model, None)

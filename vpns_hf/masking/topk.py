@@ -1,4 +1,4 @@
-"""Exact selection: masks of exactly the k largest entries of one or several tensors.
+"""Select masks of exactly the k largest entries of one or several tensors.
 
 On a CPU the threshold is bracketed by a random sample, one pass marks what lies above the bracket, and only the few
 entries within it are ranked: several times faster than a k-th value over everything, and just as exact.
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 NAN_SCORES = "Scores contain NaN, so no mask can be selected; lower the learning rate of the scores."
-# Entries walked at a time, so that what is computed from them stays in the cache.
+# Entries processed at a time, so that temporaries stay in the cache.
 _PIECE = 2**17
-# Drawn to bracket the threshold; selections of no more entries than this rank all of them.
+# Size of the sample that brackets the threshold; smaller selections rank all entries.
 _SAMPLE = 2**16
 # Standard deviations of the sample's quantile on either side of the threshold; a miss costs time, not exactness.
 _DEVIATIONS = 5
@@ -27,12 +27,12 @@ _DEVIATIONS = 5
 
 @torch.no_grad()
 def top_k_mask(values: Sequence[Tensor], count: int, magnitude: bool = False) -> list[Tensor]:
-    """Masks that are True at exactly `count` largest entries of all tensors together.
+    """Select the `count` largest entries of all tensors together.
 
     Args:
         values: tensors of any shape, memory format and floating-point type, on one device.
-        count: how many to keep, from 0 to the number of entries.
-        magnitude: rank absolute values.
+        count: number of entries to keep, from 0 to all.
+        magnitude: whether absolute values are ranked.
 
     Returns:
         One contiguous bool tensor for each, of its shape. Ties go to the earlier tensor, then to the lower row-major
@@ -53,7 +53,7 @@ def top_k_mask(values: Sequence[Tensor], count: int, magnitude: bool = False) ->
 
 
 def _keep_in_vector(values: Tensor, count: int) -> Tensor:
-    """Bool vector that is True at the `count` largest entries; ties go to the lower index."""
+    """Mark the `count` largest entries in a bool vector; ties go to the lower index."""
     if count == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     threshold = _kth_smallest(values, values.numel() - count)
@@ -69,7 +69,7 @@ def _keep_in_vector(values: Tensor, count: int) -> Tensor:
 
 
 def _kth_smallest(values: Tensor, index: int) -> Tensor:
-    """The entry at a position (from 0) of the sorted vector."""
+    """Return the entry at an index (from 0) of the sorted vector."""
     if values.device.type != "cpu":
         return values.kthvalue(index + 1).values
     # numpy's vectorised selection is several times faster than torch's on a CPU.
@@ -77,14 +77,14 @@ def _kth_smallest(values: Tensor, index: int) -> Tensor:
 
 
 class _Piece(NamedTuple):
-    """A stretch of one tensor, and where its mask goes."""
+    """A slice of one tensor and of its mask."""
 
     values: Tensor
     mask: np.ndarray
 
 
 def _array(values: Tensor) -> np.ndarray:
-    """The values as numpy knows them; half precision widens exactly."""
+    """Convert values to numpy; half precision widens exactly."""
     return (values if values.dtype in (torch.float32, torch.float64) else values.float()).numpy()
 
 
@@ -111,7 +111,7 @@ def _keep_within_bracket(flat: Sequence[Tensor], count: int, magnitude: bool) ->
 
 
 def _bracket(flat: Sequence[Tensor], count: int, magnitude: bool) -> tuple[float, float]:
-    """Two values that the `count`-th largest entry most likely lies between, from a random sample."""
+    """Estimate bounds of the `count`-th largest entry from a random sample."""
     total = sum(value.numel() for value in flat)
     if total <= _SAMPLE:
         return -math.inf, math.inf
@@ -138,16 +138,16 @@ def _bracket(flat: Sequence[Tensor], count: int, magnitude: bool) -> tuple[float
 def _mark(
     pieces: Sequence[_Piece], magnitude: bool, low: float, high: float
 ) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """Mark what is above the bracket; how many these are, and positions and values of what is within it."""
+    """Mark and count the entries above the bracket, and list positions and values of those within it."""
     found = []
-    # Written over by every piece, because fresh memory costs more than all comparisons.
+    # Buffers that every piece reuses, because allocating costs more than all comparisons.
     magnitudes, below = np.empty(_PIECE, _array(pieces[0].values[:0]).dtype), np.empty(_PIECE, dtype=bool)
     for piece in pieces:
         values, size = _array(piece.values), piece.mask.size
         if magnitude:
             values = np.abs(values, out=magnitudes[:size])
         np.greater(values, high, out=piece.mask)
-        # Neither below nor above, which NaN is, too.
+        # Neither below nor above; this includes NaN.
         within = np.equal(np.less(values, low, out=below[:size]), piece.mask, out=below[:size])
         positions = np.flatnonzero(within)
         found.append((int(np.count_nonzero(piece.mask)), positions, values[positions]))
@@ -155,7 +155,7 @@ def _mark(
 
 
 def overwrite_masks(masks: Mapping[str, Tensor], selected: Mapping[str, Tensor]) -> int:
-    """Copy bool tensors into others of the same names and shapes, and return how many entries changed."""
+    """Copy bool tensors into others of the same names and shapes and return the number of entries that changed."""
     flips = _count_differences([(mask, selected[name]) for name, mask in masks.items()])
     for name, mask in masks.items():
         mask.copy_(selected[name])
@@ -181,7 +181,7 @@ def _differences(pieces: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[int]:
 
 
 def _in_threads(function: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
-    """Apply a function to stretches of all items, in as many threads as torch uses, and join what it returns."""
+    """Apply a function to slices of all items, in as many threads as torch uses, and concatenate the results."""
     threads = min(torch.get_num_threads(), len(items))
     if threads < 2:
         return function(items) if items else []

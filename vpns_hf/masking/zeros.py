@@ -13,7 +13,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def masked(tensor: Tensor, mask: Tensor) -> Tensor:
-    """The tensor with zeros where the bool tensor of its shape is False, infinities and NaN included."""
+    """Return the tensor with zeros where the mask of its shape is False, also in place of infinities and NaN."""
     if not _has_plain_bits(tensor) or sharding.is_sharded([mask]):
         return torch.where(mask, tensor, 0)
     bits = tensor.view(_INTEGERS[tensor.element_size()])
@@ -21,14 +21,14 @@ def masked(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def _has_plain_bits(tensor: Tensor) -> bool:
-    """Whether the tensor lies on a CPU, and nothing follows what is done with it."""
+    """Return whether the tensor is on a CPU and no tracer or autograd records operations on it."""
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        # Integers have no gradient, which second derivatives need here.
+        # Second derivatives need a gradient, which integers do not have.
         and not (tensor.requires_grad and torch.is_grad_enabled())
-        # Those of vmap, which vectorized Jacobians take, have no memory of their own.
+        # Tensors of vmap, which vectorized Jacobians use, have no storage.
         and torch._C._has_storage(tensor)
     )
 

@@ -1,4 +1,4 @@
-"""Backbones: a name, a folder, a timm model or a module becomes an image classifier with the wanted labels."""
+"""Load or wrap a backbone as an image classifier with the labels of the task."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def load_backbone(
     image_processor: BaseImageProcessor | None,
     kwargs: dict[str, Any],
 ) -> tuple[PreTrainedModel, bool, BaseImageProcessor | None]:
-    """The image classifier with the task's labels, whether its head is new, and its image processor if any.
+    """Return the image classifier with the labels of the task, whether its head is new, and its image processor.
 
-    Arguments and errors as of [`PromptedSparseModel.from_backbone`]; without `labels` the backbone keeps its own.
+    Arguments and errors are those of [`PromptedSparseModel.from_backbone`]; without `labels` the backbone keeps its
+    own.
     """
     if isinstance(backbone, nn.Module):
         if kwargs:
@@ -64,7 +65,7 @@ def load_backbone(
 
 
 def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
-    """The model, and the names of the weights that its checkpoint lacks."""
+    """Load a model, and the names of the weights that its checkpoint lacks."""
     try:
         config = AutoConfig.from_pretrained(name, **hub_kwargs(kwargs))
     except (OSError, ValueError) as error:
@@ -85,7 +86,12 @@ def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[s
 
 
 def find_image_processor(name: str, kwargs: Mapping[str, Any]) -> BaseImageProcessor | None:
-    """The image processor of a model on the Hub or in a folder, or None; `kwargs` as of `from_pretrained`."""
+    """Find the image processor of a model on the Hub or in a folder; None where there is none.
+
+    Args:
+        name: Hub id or folder.
+        kwargs: arguments of `from_pretrained`, such as `revision` and `token`.
+    """
     try:
         return AutoImageProcessor.from_pretrained(name, **hub_kwargs(kwargs))
     except (OSError, ValueError):
@@ -94,8 +100,8 @@ def find_image_processor(name: str, kwargs: Mapping[str, Any]) -> BaseImageProce
 
 
 def savable(image_processor: BaseImageProcessor | None) -> BaseImageProcessor | None:
-    """The image processor if it can be saved on its own, else None."""
-    # transformers keeps that of timm models in the model's config.json, and saves no file of its own.
+    """Return the image processor if it can be saved as a file, else None."""
+    # That of a timm model is part of the config.json of the model.
     return None if isinstance(image_processor, TimmWrapperImageProcessor) else image_processor
 
 
@@ -133,7 +139,7 @@ def _as_classifier(model: nn.Module) -> PreTrainedModel:
 
 
 def label_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[int, str] | None:
-    """The labels of the task by number, or None where neither their number nor their names are given.
+    """Return the labels of the task by class id, or None where neither their number nor their names are given.
 
     Raises:
         ValueError: both are given and do not fit.
@@ -148,35 +154,38 @@ def label_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> d
 
 
 def set_labels(config: PreTrainedConfig, labels: Mapping[int, str]) -> None:
-    """Write the labels into a configuration, which counts them by their names."""
+    """Write the labels into a configuration."""
     config.id2label, config.label2id = dict(labels), {name: index for index, name in labels.items()}
 
 
 def config_of(model: PreTrainedModel) -> PreTrainedConfig:
-    """A copy that rebuilds this very class; transformers writes into the configurations that it is given."""
+    """Copy the configuration of a model, so that the copy rebuilds this class.
+
+    transformers modifies configurations that it is given.
+    """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     if Path(config.name_or_path).is_dir():
-        # Where it lies on this machine is of no use to others.
+        # Do not publish a path of this machine.
         config.name_or_path = Path(config.name_or_path).name
     return config
 
 
 def head_parameters(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters whose shape follows the number of labels."""
+    """List the parameters whose shape depends on the number of labels."""
     labels = {index: str(index) for index in range(model.config.num_labels + 1)}
     try:
         with torch.device("meta"):
             wider = _rebuilt(model, labels)
     except RuntimeError:
-        # Some timm models read values of tensors while they are built.
+        # Some timm models read values of tensors in their constructor.
         wider = _rebuilt(model, labels)
     shapes = {name: parameter.shape for name, parameter in wider.named_parameters()}
     return [name for name, parameter in model.named_parameters() if parameter.shape != shapes[name]]
 
 
 def _with_new_head(model: PreTrainedModel, head: set[str], labels: Mapping[int, str]) -> PreTrainedModel:
-    """The same model with a freshly initialised head for these labels."""
+    """Build the same model with a newly initialised head for these labels."""
     fresh = _rebuilt(model, labels).to(device=model.device, dtype=model.dtype).train(model.training)
     kept = {name: tensor for name, tensor in model.state_dict().items() if name not in head}
     fresh.load_state_dict(kept | {name: tensor for name, tensor in fresh.state_dict().items() if name in head})
@@ -184,14 +193,14 @@ def _with_new_head(model: PreTrainedModel, head: set[str], labels: Mapping[int, 
 
 
 def _rebuilt(model: PreTrainedModel, labels: Mapping[int, str]) -> PreTrainedModel:
-    """A model of the same class and configuration with fresh weights and other labels."""
+    """Build a model of the same class and configuration with newly initialised weights and other labels."""
     config = config_of(model)
     set_labels(config, labels)
     return AutoModelForImageClassification.from_config(config)
 
 
 def height_width(size: Any) -> list[int] | None:
-    """(height, width) of a side, a pair, or an image processor's size dictionary."""
+    """Convert a side, a pair or the size dictionary of an image processor to (height, width)."""
     if size is None:
         return None
     if isinstance(size, int):
@@ -210,7 +219,7 @@ def image_geometry(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """Image size, mean and std: as passed, else the processor's, else timm's or the backbone's configuration's."""
+    """Find image size, mean and std: as passed, else of the image processor, else of timm or the configuration."""
     processor = image_processor.to_dict() if image_processor is not None else {}
     timm_cfg = config.to_dict().get("pretrained_cfg") or {}
     timm_size = timm_cfg.get("input_size")
@@ -234,7 +243,7 @@ def _first(*values: Sequence[float] | None) -> list[float] | None:
 
 
 def position_kwargs(backbone: PreTrainedModel, image_size: Sequence[int] | None) -> dict[str, bool]:
-    """Ask the backbone to interpolate its position embeddings when images have another size than its own."""
+    """Return the argument by which the backbone interpolates its position embeddings, where it is needed."""
     native = height_width(backbone.config.to_dict().get("image_size"))
     if image_size is None or native is None or list(image_size) == native:
         return {}

@@ -11,7 +11,7 @@ from .configuration import PromptedSparseConfig
 
 
 def checked_matrix(mapping: Tensor | Sequence[int], shape: torch.Size) -> Tensor:
-    """A Bayesian label mapping for a label matrix of that shape.
+    """Check a Bayesian label mapping for a label matrix of a shape, and return it.
 
     Raises:
         ValueError: it has another shape, or values that are not finite.
@@ -26,7 +26,7 @@ def checked_matrix(mapping: Tensor | Sequence[int], shape: torch.Size) -> Tensor
 
 
 def checked_classes(mapping: Tensor | Sequence[int], num_target: int, num_source: int) -> list[int]:
-    """A one-to-one label mapping as the source class of each target class.
+    """Check a one-to-one label mapping, and return the source class of each target class.
 
     Raises:
         ValueError: it does not name one source class for each of them.
@@ -42,7 +42,7 @@ def checked_classes(mapping: Tensor | Sequence[int], num_target: int, num_source
 
 
 def map_logits(logits: Tensor, config: PromptedSparseConfig, label_matrix: Tensor | None) -> Tensor:
-    """Target logits [n, num_labels] of the head's logits; these themselves until a mapping is set."""
+    """Map the logits of the head to target logits [n, num_labels]; unchanged until a mapping is set."""
     if config.label_mapping_state == "unset":
         return logits
     if label_matrix is not None:
@@ -54,12 +54,12 @@ def map_logits(logits: Tensor, config: PromptedSparseConfig, label_matrix: Tenso
 
 
 def take_classes(state: Mapping[str, Tensor], like: Mapping[str, Tensor], classes: Sequence[int]) -> dict[str, Tensor]:
-    """The state of a model whose head is cut down to some of its classes.
+    """Slice the head in the state of a model to some of its classes.
 
     Args:
-        state: of the model with all classes.
-        like: state of a model with these classes alone, for the shapes.
-        classes: which of all classes are kept, in their new order.
+        state: state dictionary of the model with all classes.
+        like: state dictionary of a model with only these classes, for the shapes.
+        classes: indices of the classes to keep, in their new order.
     """
     return {name: _take_rows(tensor, like[name].shape, classes) for name, tensor in state.items()}
 

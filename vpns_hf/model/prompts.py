@@ -1,4 +1,4 @@
-"""Visual prompts in input space.
+"""Add visual prompts to images.
 
 A prompt lives in pixel space: [0, 1], before normalisation. A normalised image is denormalised, placed (as it is, or
 shrunk and centred on black), the prompt is added, the sum is clamped to [0, 1] and normalised again.
@@ -55,11 +55,11 @@ class VisualPrompt(nn.Module):
             )
 
     def delta(self) -> Tensor:
-        """What is added to the image: [channels, height, width], zero where the prompt leaves the image alone."""
+        """Return the addend to the image, [channels, height, width]; zero where the image stays unchanged."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Set the parameters to their initial values: zero, unless a prompt says otherwise."""
+        """Set the parameters to their initial values, zero by default."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
@@ -84,7 +84,7 @@ class VisualPrompt(nn.Module):
         return F.pad(pixels, (left, right, top, bottom))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Prompted images.
+        """Add the prompt to images.
 
         Args:
             pixel_values: normalised images, [n, channels, height, width].
@@ -108,7 +108,7 @@ class VisualPrompt(nn.Module):
 
 
 def _margins(outer: tuple[int, ...], inner: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Pixels above, below, left and right of an `inner` (height, width) that is centred in an `outer` one."""
+    """Compute the margins above, below, left and right of an `inner` (height, width) centred in an `outer` one."""
     (height, width), (inner_height, inner_width) = outer, inner
     top, left = (height - inner_height) // 2, (width - inner_width) // 2
     return top, height - inner_height - top, left, width - inner_width - left
@@ -134,7 +134,7 @@ class PadPrompt(VisualPrompt):
         self.right = nn.Parameter(torch.zeros(channels, height - 2 * size, size))
 
     def delta(self) -> Tensor:
-        """The frame, zero inside: [channels, height, width]."""
+        """Return the frame, zero inside: [channels, height, width]."""
         return _frame(self.top, self.bottom, self.left, self.right)
 
 
@@ -178,7 +178,7 @@ class ExpandPrompt(VisualPrompt):
         self.right = nn.Parameter(torch.zeros(channels, inner_height, right))
 
     def delta(self) -> Tensor:
-        """The border, zero inside: [channels, height, width]."""
+        """Return the border, zero inside: [channels, height, width]."""
         return _frame(self.top.sigmoid(), self.bottom.sigmoid(), self.left.sigmoid(), self.right.sigmoid())
 
 
@@ -199,7 +199,7 @@ class FixedPrompt(VisualPrompt):
         self.patch = nn.Parameter(torch.zeros(len(self.mean), self.prompt_size, self.prompt_size))
 
     def delta(self) -> Tensor:
-        """The patch, zero elsewhere: [channels, height, width]."""
+        """Return the patch, zero elsewhere: [channels, height, width]."""
         height, width = self.image_size
         return F.pad(self.patch.sigmoid(), (0, width - self.prompt_size, 0, height - self.prompt_size))
 
@@ -221,7 +221,7 @@ class RandomPrompt(VisualPrompt):
         self.program = nn.Parameter(torch.zeros(len(self.mean), *self.image_size))
 
     def delta(self) -> Tensor:
-        """The window, zero elsewhere: [channels, height, width]; another one at each call in training mode."""
+        """Return the window, zero elsewhere: [channels, height, width]; drawn at each call in training mode."""
         size, (height, width) = self.prompt_size, self.image_size
         top, left = self._offset(height), self._offset(width)
         window = self.program[:, top : top + size, left : left + size].sigmoid()
@@ -254,14 +254,14 @@ class StripePrompt(VisualPrompt):
         self.stripes = nn.Parameter(torch.zeros(len(self.mean), count, width))
 
     def delta(self) -> Tensor:
-        """The bands, zero between them: [channels, height, width]."""
+        """Return the bands, zero between them: [channels, height, width]."""
         rows = torch.tensor(self.rows, device=self.stripes.device)
         empty = self.stripes.new_zeros(len(self.mean), *self.image_size)
         return empty.index_copy(1, rows, self.stripes)
 
 
 def _striped_rows(height: int, count: int, bands: int) -> list[int]:
-    """The `count` rows of `height` that the bands cover, in ascending order."""
+    """List the `count` rows of `height` that the bands cover, in ascending order."""
     band_ends = [count * band // bands for band in range(bands + 1)]
     gap_ends = [(height - count) * gap // (bands + 1) for gap in range(1, bands + 2)]
     return [gap_ends[band] + row for band in range(bands) for row in range(band_ends[band], band_ends[band + 1])]
@@ -288,12 +288,12 @@ class LowRankPrompt(VisualPrompt):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Zero on the left; the right factor is drawn from torch's global generator."""
+        """Set the left factor to zero and draw the right one from torch's global generator."""
         nn.init.zeros_(self.left)
         nn.init.normal_(self.right, std=0.01)
 
     def delta(self) -> Tensor:
-        """The product of the factors: [channels, height, width]."""
+        """Return the product of the factors: [channels, height, width]."""
         # Autocast would round the product to half precision, in which small steps of the prompt vanish.
         with torch.autocast(self.left.device.type, enabled=False):
             return self.left @ self.right
@@ -310,7 +310,7 @@ PROMPTS: dict[str, type[VisualPrompt]] = {
 
 
 def build_prompt(config: PromptedSparseConfig) -> VisualPrompt | None:
-    """The prompt that `config.prompt` names, or None.
+    """Build the prompt that `config.prompt` names, or None.
 
     Raises:
         ValueError: an unknown name, or settings that do not fit the image.

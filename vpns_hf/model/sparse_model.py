@@ -42,10 +42,10 @@ class SparseModel(PreTrainedModel):
         self._backbone_kwargs = position_kwargs(self.backbone, config.image_size)
         self._collapsed = set[str]()
         if config.state == "search":
-            masking.attach_scores(self.slots(), config.signed_scores)
+            masking.attach_scores(self.prunables(), config.signed_scores)
         elif config.state == "frozen":
-            slots = self.slots()
-            masking.freeze(slots, masking.all_kept(slots))
+            prunables = self.prunables()
+            masking.freeze(prunables, masking.all_kept(prunables))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Hooks on parameters are lost when a model is copied.
@@ -54,21 +54,23 @@ class SparseModel(PreTrainedModel):
 
     def _mask_gradients(self) -> None:
         if self.config.state == "frozen":
-            masking.mask_gradients(self.slots())
+            masking.mask_gradients(self.prunables())
 
     # Parameters by role ----------------------------------------------------------------------------------------------
 
-    def slots(self) -> dict[str, masking.PrunableWeight]:
-        """Where the prunable weights live, by backbone parameter name."""
+    def prunables(self) -> dict[str, masking.PrunableWeight]:
+        """Find the prunable weights, by backbone parameter name."""
         skip = self.config.head_parameters if self.config.new_head else ()
         return masking.find_prunable_weights(self.backbone, self.config.ignore_modules, skip)
 
     def prunable_weights(self) -> dict[str, nn.Parameter]:
-        """The parameters that store the prunable weights, by backbone parameter name, in any state."""
-        return {name: cast(nn.Parameter, masking.stored_weight(slot)) for name, slot in self.slots().items()}
+        """Return the parameters that store the prunable weights, by backbone parameter name, in any state."""
+        return {
+            name: cast(nn.Parameter, masking.stored_weight(prunable)) for name, prunable in self.prunables().items()
+        }
 
     def parameters_by_role(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Every parameter under its role: `scores`, `prompt`, `head` (a new head only) or `weights`."""
+        """Group the parameters by role: `scores`, `prompt`, `head` (a new head only) or `weights`."""
         new_head = {f"backbone.{name}" for name in self.config.head_parameters} if self.config.new_head else set()
         roles: dict[str, dict[str, nn.Parameter]] = {role: {} for role in ROLES}
         for name, parameter in self.named_parameters():
@@ -89,19 +91,19 @@ class SparseModel(PreTrainedModel):
     # Masks -----------------------------------------------------------------------------------------------------------
 
     def scores(self) -> dict[str, Tensor]:
-        """The score parameters by backbone parameter name; empty outside the search state."""
+        """Return the score parameters by backbone parameter name; empty outside the search state."""
         if self.config.state != "search":
             return {}
-        return {name: part.scores for name, part in masking.masked_weights(self.slots()).items()}
+        return {name: part.scores for name, part in masking.masked_weights(self.prunables()).items()}
 
     def masks(self) -> dict[str, Tensor]:
-        """The masks by backbone parameter name, True = kept; all True in the dense state."""
-        slots = self.slots()
+        """Return the masks by backbone parameter name, True = kept; all True in the dense state."""
+        prunables = self.prunables()
         if self.config.state == "search":
-            return {name: part.mask for name, part in masking.masked_weights(slots).items()}
+            return {name: part.mask for name, part in masking.masked_weights(prunables).items()}
         if self.config.state == "frozen":
-            return masking.frozen_masks(slots)
-        return masking.all_kept(slots)
+            return masking.frozen_masks(prunables)
+        return masking.all_kept(prunables)
 
     @property
     def sparsity(self) -> float:
@@ -110,7 +112,7 @@ class SparseModel(PreTrainedModel):
         return 1 - sharding.count_true(masks) / sum(mask.numel() for mask in masks)
 
     def set_sparsity(self, sparsity: float) -> None:
-        """Change the sparsity and select the masks anew; search state only."""
+        """Change the sparsity and select new masks; search state only."""
         self._require("search", "change the sparsity")
         masking.kept_count(0, sparsity)
         self.config.sparsity = sparsity
@@ -118,9 +120,9 @@ class SparseModel(PreTrainedModel):
         self._warn_of_collapse()
 
     def update_masks(self) -> int:
-        """Select the masks from the scores and return how many entries changed; search state only."""
+        """Select new masks from the scores and return the number of entries that changed; search state only."""
         self._require("search", "update masks")
-        return masking.update_masks(self.slots(), self.config.sparsity, self.config.scope)
+        return masking.update_masks(self.prunables(), self.config.sparsity, self.config.scope)
 
     def set_implicit_gradient(self, weight: float) -> None:
         """Add BiP's implicit gradient to that of the scores (arXiv 2210.04092); search state only.
@@ -129,14 +131,14 @@ class SparseModel(PreTrainedModel):
         micro-batch, summed.
 
         Args:
-            weight: its factor 1 / gamma; 0 leaves it out.
+            weight: factor 1 / gamma of the implicit gradient; 0 omits it.
         """
         self._require("search", "set the implicit gradient")
-        for part in masking.masked_weights(self.slots()).values():
+        for part in masking.masked_weights(self.prunables()).values():
             part.implicit_gradient = weight
 
     def _warn_of_collapse(self) -> None:
-        """Warn of layers that keep no weight, of each of them once."""
+        """Warn once of each layer that keeps no weight."""
         empty = {name for name, mask in self.masks().items() if not mask.any()}
         if new := sorted(empty - self._collapsed):
             logger.warning(
@@ -148,41 +150,41 @@ class SparseModel(PreTrainedModel):
         self._collapsed = empty
 
     def sparsity_report(self) -> SparsityReport:
-        """Kept and total weights, bytes and multiply-accumulates of every prunable layer."""
+        """Report kept and total weights, bytes and multiply-accumulates of every prunable layer."""
         return measure_sparsity(
-            self.backbone, self.slots(), self.masks(), self.config.image_size, self._backbone_kwargs
+            self.backbone, self.prunables(), self.masks(), self.config.image_size, self._backbone_kwargs
         )
 
     # From state to state ---------------------------------------------------------------------------------------------
 
     def attach_scores(self, signed: bool = False) -> None:
-        """Dense to search: give every prunable weight scores and a mask; scores and prompt become trainable.
+        """Attach scores and masks to the prunable weights (dense to search); scores and prompt become trainable.
 
         Args:
-            signed: rank the scores themselves and start them at zero (movement pruning), instead of their absolute
-                values, which start in proportion to the weights (HYDRA, VPNs).
+            signed: whether the scores themselves are ranked and start at zero (movement pruning). Otherwise their
+                absolute values are ranked, and they start in proportion to the weights (HYDRA, VPNs).
         """
         self._require("dense", "attach scores")
         self.unshard()
-        masking.attach_scores(self.slots(), signed)
+        masking.attach_scores(self.prunables(), signed)
         self.config.state, self.config.signed_scores = "search", signed
         self.train_only("scores", "prompt", "head")
         self.update_masks()
         self._warn_of_collapse()
 
     def detach_scores(self) -> None:
-        """Search to dense: drop scores and masks; all parameters become trainable."""
+        """Remove scores and masks (search to dense); all parameters become trainable."""
         self._require("search", "detach scores")
         self.unshard()
-        masking.detach_scores(self.slots())
+        masking.detach_scores(self.prunables())
         self.config.state, self.config.signed_scores = "dense", False
         self.train_only(*ROLES)
 
     def freeze_masks(self) -> None:
-        """Search to frozen: write the zeros into the weights, drop the scores; all parameters become trainable.
+        """Write the zeros into the weights and remove the scores (search to frozen); all parameters become trainable.
 
-        From here on pruned weights get no gradient, so they stay exactly zero in any training loop whose optimizer is
-        made after this call.
+        Pruned weights get no gradient afterwards, so they stay exactly zero in any training loop whose optimizer is
+        created after this call.
         """
         self._require("search", "freeze masks")
         self.apply_masks(self.masks())
@@ -194,24 +196,24 @@ class SparseModel(PreTrainedModel):
             masks: bool tensors by backbone parameter name, True = kept; one for each prunable weight.
 
         Returns:
-            How many entries changed. Weights that were pruned before come back as zeros.
+            The number of entries that changed. Weights that were pruned before restart at zero.
 
         Raises:
             ValueError: names or shapes differ from those of `masks()`.
         """
-        slots = self.slots()
-        masking.check_masks(masks, slots)
+        prunables = self.prunables()
+        masking.check_masks(masks, prunables)
         own = self.masks()
         masks = {name: sharding.arranged_like(mask.detach().clone().bool(), own[name]) for name, mask in masks.items()}
         if self.config.state == "frozen":
-            flips = masking.change_frozen_masks(slots, masks)
+            flips = masking.change_frozen_masks(prunables, masks)
         else:
             flips = sharding.count_true(mask ^ masks[name].to(mask.device) for name, mask in own.items())
             masks = {name: sharding.whole(mask) for name, mask in masks.items()}
             self.unshard()
             if self.config.state == "search":
                 self.detach_scores()
-            masking.freeze(self.slots(), masks)
+            masking.freeze(self.prunables(), masks)
             self.config.state = "frozen"
             self.train_only(*ROLES)
             self._mask_gradients()
@@ -220,7 +222,7 @@ class SparseModel(PreTrainedModel):
         return flips
 
     def merge_and_unload(self) -> PreTrainedModel:
-        """The plain backbone with the zeros written in; this wrapper must not be used afterwards.
+        """Return the plain backbone with the zeros written in; this wrapper must not be used afterwards.
 
         With `keep_source_head` or a `"bayesian"` label mapping the plain model still has all source classes.
         """
@@ -228,7 +230,7 @@ class SparseModel(PreTrainedModel):
         if self.config.state == "search":
             self.freeze_masks()
         if self.config.state == "frozen":
-            masking.unfreeze(self.slots())
+            masking.unfreeze(self.prunables())
         return self.backbone
 
     def _require(self, state: str, action: str) -> None:
@@ -240,7 +242,7 @@ class SparseModel(PreTrainedModel):
     # Weights ---------------------------------------------------------------------------------------------------------
 
     def backbone_state(self) -> dict[str, Tensor]:
-        """Every parameter and buffer of the dense backbone by its name there, in any state; not copied.
+        """Return parameters and buffers by their names in the dense backbone, in any state; not copied.
 
         Scores and masks are left out; in the frozen state pruned weights are zero.
         """
@@ -248,37 +250,41 @@ class SparseModel(PreTrainedModel):
 
     @torch.no_grad()
     def rewind(self, state: Mapping[str, Tensor]) -> None:
-        """Set the backbone back to values that [`~PromptedSparseModel.backbone_state`] gave; masks and scores stay.
+        """Rewind the backbone to values of [`~PromptedSparseModel.backbone_state`]; masks and scores stay.
 
         Raises:
             ValueError: the names differ from those of this backbone.
         """
         own = self.backbone_state()
         if unknown := sorted(set(state) ^ set(own)):
-            raise ValueError(f"The saved state is of another backbone: {len(unknown)} names differ, as {unknown[0]}.")
+            raise ValueError(
+                f"The saved state belongs to another backbone: {len(unknown)} names differ, such as {unknown[0]}."
+            )
         if wrong := [name for name in own if own[name].shape != state[name].shape]:
-            raise ValueError(f"The saved state is of another backbone: {len(wrong)} shapes differ, as of {wrong[0]}.")
+            raise ValueError(
+                f"The saved state belongs to another backbone: {len(wrong)} shapes differ, such as that of {wrong[0]}."
+            )
         for name, tensor in own.items():
             tensor.copy_(state[name])
         if self.config.state == "frozen":
             self.zero_masked_weights()
 
     def zero_masked_weights(self) -> None:
-        """Write the zeros again; for training loops that replace or overwrite parameters. Frozen state only."""
+        """Write the zeros into pruned weights, for training loops that overwrite parameters; frozen state only."""
         self._require("frozen", "write zeros")
-        masking.zero_masked_weights(self.slots())
+        masking.zero_masked_weights(self.prunables())
 
     # Other models in its place ---------------------------------------------------------------------------------------
 
     def replace_with(self, other: SparseModel) -> None:
-        """Take over another model's weights, state and configuration, so that references to this one stay good."""
+        """Take over weights, state and configuration of another model, so that references to this one stay valid."""
         self.__setstate__(other.__dict__)
 
     def _rebuilt(self, config: PromptedSparseConfig) -> Self:
-        """A model of that configuration that is trained as this one is; its weights are still to be loaded."""
+        """Build a model without loading weights, with the trainable parameters and the mode of this one."""
         trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         with torch.device(self.device):
-            # torch makes the class of a sharded module build the plain one.
+            # The class of a sharded module constructs the plain one.
             model = type(self)(config)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
@@ -288,19 +294,19 @@ class SparseModel(PreTrainedModel):
     # Sharded by FSDP2 ------------------------------------------------------------------------------------------------
 
     def shard_masks(self) -> None:
-        """Split the masks as `torch.distributed.fsdp.fully_shard(model)` has split the weights; call it right after.
+        """Shard the masks like the weights, right after `torch.distributed.fsdp.fully_shard(model)`.
 
-        From then on masks are selected without gathering the scores, and pruned weights get no gradient. Nothing
-        happens where nothing is sharded.
+        Masks are then selected without gathering the scores, and pruned weights get no gradient. A model that is not
+        sharded stays unchanged.
         """
         if self.config.state != "dense" and sharding.is_sharded(self.parameters()):
-            _shard_masks(self.slots(), self.config.state)
+            _shard_masks(self.prunables(), self.config.state)
 
     def unshard(self) -> None:
-        """Undo `fully_shard`: every process holds the whole model again; all of them call this together.
+        """Gather a sharded model on every process, which undoes `fully_shard`; all processes call this together.
 
-        What changes the state of the model or the shape of its head does this by itself, because `fully_shard` cannot
-        follow. Nothing happens where nothing is sharded.
+        Methods that change the state of the model or the shape of its head call this, because `fully_shard` does not
+        support such changes. A model that is not sharded stays unchanged.
         """
         if not sharding.is_sharded(self.parameters()):
             return
@@ -311,19 +317,20 @@ class SparseModel(PreTrainedModel):
         self.replace_with(whole)
 
 
-def _shard_masks(slots: Mapping[str, PrunableWeight], state: str) -> None:
-    """Split the masks as `fully_shard` has split the weights; in the frozen state, mask the gradients of the parts.
+def _shard_masks(prunables: Mapping[str, PrunableWeight], state: str) -> None:
+    """Shard masks like their weights; in the frozen state, register gradient hooks on the shards.
 
     Args:
-        state: `"search"` or `"frozen"`.
+        prunables: prunable weights by name, sharded.
+        state: state of the model, `"search"` or `"frozen"`.
     """
-    for slot in slots.values():
-        weight = stored_weight(slot)
+    for prunable in prunables.values():
+        weight = stored_weight(prunable)
         if state == "search":
-            masked_weight = cast(MaskedWeight, parametrizations(slot)[0])
+            masked_weight = cast(MaskedWeight, parametrizations(prunable)[0])
             masked_weight.mask = sharding.split_like(masked_weight.mask, weight)
         else:
-            name = slot.tensor_name + MASK_SUFFIX
-            setattr(slot.module, name, sharding.split_like(slot.module.get_buffer(name), weight))
+            name = prunable.tensor_name + MASK_SUFFIX
+            setattr(prunable.module, name, sharding.split_like(prunable.module.get_buffer(name), weight))
     if state == "frozen":
-        mask_gradients(slots)
+        mask_gradients(prunables)

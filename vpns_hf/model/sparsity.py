@@ -1,4 +1,4 @@
-"""What a mask leaves: kept and total weights, bytes and multiply-accumulates, layer by layer."""
+"""Report kept and total weights, bytes and multiply-accumulates, layer by layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..masking.prunable import PrunableWeight, stored_weight
 
 @dataclass(frozen=True)
 class KeptEntries:
-    """How many entries of a prunable weight are kept, and how many it has."""
+    """Numbers of kept and of all entries of a prunable weight."""
 
     name: str
     kept: int
@@ -27,12 +27,12 @@ class KeptEntries:
 
 
 class KeptInLayers:
-    """Base of what has `layers`: what they keep together."""
+    """Base of classes with `layers`, whose kept entries it sums."""
 
     layers: tuple[KeptEntries, ...]
 
     def whole(self) -> KeptEntries:
-        """All layers summed, under the name `total`."""
+        """Sum all layers under the name `total`."""
         kept, total = sum(layer.kept for layer in self.layers), sum(layer.total for layer in self.layers)
         return KeptEntries("total", kept, total)
 
@@ -82,18 +82,18 @@ class SparsityReport(KeptInLayers):
         return (self.total - self.kept) / self.parameters
 
     def whole(self) -> LayerSparsity:
-        """All layers summed, under the name `total`."""
+        """Sum all layers under the name `total`."""
         return _summed("total", self.layers)
 
     def blocks(self) -> dict[str, LayerSparsity]:
-        """Layers summed by block: the name up to and including its last number, or the layer's own module."""
+        """Sum layers by block: the name up to and including its last number, or the module of the layer."""
         blocks: dict[str, list[LayerSparsity]] = {}
         for layer in self.layers:
             blocks.setdefault(block_name(layer.name), []).append(layer)
         return {name: _summed(name, layers) for name, layers in blocks.items()}
 
     def to_markdown(self) -> str:
-        """A table with one row per layer and a total."""
+        """Format a table with one row per layer and a total."""
         rows = ["| weight | kept | total | sparsity | MACs kept |", "|---|---:|---:|---:|---:|"]
         for layer in (*self.layers, self.whole()):
             rows.append(
@@ -102,7 +102,7 @@ class SparsityReport(KeptInLayers):
         return "\n".join(rows)
 
     def to_json(self) -> str:
-        """All figures as a JSON object."""
+        """Format all figures as a JSON object."""
         totals = {"sparsity": self.sparsity, "sparsity_of_all_parameters": self.sparsity_of_all_parameters}
         return json.dumps(asdict(self) | totals, indent=2)
 
@@ -113,7 +113,7 @@ def _summed(name: str, layers: Sequence[LayerSparsity]) -> LayerSparsity:
 
 
 def block_name(weight: str) -> str:
-    """The block that a weight belongs to: its name up to the last number, or its own module where there is none."""
+    """Return the block of a weight: its name up to the last number, or its module where there is none."""
     parts = weight.split(".")[:-1]
     last_number = max((index for index, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
     return ".".join(parts[: last_number + 1])
@@ -121,20 +121,21 @@ def block_name(weight: str) -> str:
 
 def measure_sparsity(
     backbone: nn.Module,
-    slots: Mapping[str, PrunableWeight],
+    prunables: Mapping[str, PrunableWeight],
     masks: Mapping[str, Tensor],
     image_size: Sequence[int] | None,
     forward_kwargs: Mapping[str, bool],
 ) -> SparsityReport:
-    """Count what the masks keep; multiply-accumulates are counted in one forward pass of one image.
+    """Count kept weights, bytes, and multiply-accumulates in a forward pass of one image.
 
     Args:
-        backbone: the model that holds the slots; run once in eval mode without gradient.
+        backbone: model that owns the weights; run once in eval mode without gradient.
+        prunables: prunable weights by name.
         masks: bool tensors by weight name.
-        image_size: (height, width) of that image; None leaves the multiply-accumulates at 0.
-        forward_kwargs: passed to the backbone with the image.
+        image_size: (height, width) of the image; None leaves the multiply-accumulates at 0.
+        forward_kwargs: further arguments of the backbone.
     """
-    positions = _positions(backbone, slots, image_size, forward_kwargs)
+    positions = _positions(backbone, prunables, image_size, forward_kwargs)
     layers = tuple(
         LayerSparsity(
             name, kept := int(mask.sum()), mask.numel(), positions[name] * mask.numel(), positions[name] * kept
@@ -144,7 +145,7 @@ def measure_sparsity(
     parameters = [p for name, p in backbone.named_parameters() if not name.endswith(".scores")]
     dense_bytes = sum(p.numel() * p.element_size() for p in parameters)
     pruned_bytes = sum(
-        (~masks[name]).sum().item() * stored_weight(slot).element_size() for name, slot in slots.items()
+        (~masks[name]).sum().item() * stored_weight(prunable).element_size() for name, prunable in prunables.items()
     )
     return SparsityReport(layers, sum(p.numel() for p in parameters), dense_bytes, dense_bytes - int(pruned_bytes))
 
@@ -152,24 +153,24 @@ def measure_sparsity(
 @torch.no_grad()
 def _positions(
     backbone: nn.Module,
-    slots: Mapping[str, PrunableWeight],
+    prunables: Mapping[str, PrunableWeight],
     image_size: Sequence[int] | None,
     forward_kwargs: Mapping[str, bool],
 ) -> dict[str, int]:
-    """How many times one image uses each weight matrix."""
-    positions = dict.fromkeys(slots, 0)
+    """Count the applications of each weight matrix to one image."""
+    positions = dict.fromkeys(prunables, 0)
     if image_size is None:
         return positions
     handles = []
-    for name, slot in slots.items():
+    for name, prunable in prunables.items():
 
         def count(module: nn.Module, args: object, output: Tensor | tuple[Tensor, ...], name: str = name) -> None:
             first = output if isinstance(output, Tensor) else output[0]
             channels = first.shape[1] if isinstance(module, nn.modules.conv._ConvNd) else first.shape[-1]
             positions[name] += first.numel() // channels
 
-        handles.append(slot.module.register_forward_hook(count))
-    channels = next(stored_weight(slot).shape[1] for slot in slots.values())
+        handles.append(prunable.module.register_forward_hook(count))
+    channels = next(stored_weight(prunable).shape[1] for prunable in prunables.values())
     parameter = next(backbone.parameters())
     training = backbone.training
     image = torch.zeros(1, channels, *image_size, device=parameter.device, dtype=parameter.dtype)

@@ -1,4 +1,4 @@
-"""What the layers of prunable weights see in a forward pass, in the columns that the rows of a weight multiply."""
+"""Observe the inputs of layers with prunable weights, and unfold them into the columns of the weights."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @contextmanager
-def observe_inputs(slots: Mapping[str, PrunableWeight], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """While open, report every call of a layer that holds a prunable weight.
+def observe_inputs(
+    prunables: Mapping[str, PrunableWeight], see: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Report every call of a layer that holds a prunable weight, as long as the context is open.
 
     Args:
-        slots: where the weights live, by name; of a model in the dense or frozen state.
-        see: called with the name of the weight, and the input and the output of its layer.
+        prunables: prunable weights by name, of a model in the dense or frozen state.
+        see: function of the name of the weight, and the input and the output of its layer.
 
     Raises:
         ValueError: on closing, a layer was never called, or is no linear or convolution layer, so that its weight is
             used in a way that hooks do not see (as those of `nn.MultiheadAttention` are).
     """
-    unseen = set(slots)
+    unseen = set(prunables)
 
     def hook(name: str) -> Callable[..., None]:
         def report(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
@@ -36,9 +38,9 @@ def observe_inputs(slots: Mapping[str, PrunableWeight], see: Callable[[str, Tens
         return report
 
     handles = [
-        slot.module.register_forward_hook(hook(name), with_kwargs=True)
-        for name, slot in slots.items()
-        if isinstance(slot.module, (nn.Linear, *_CONVOLUTIONS))
+        prunable.module.register_forward_hook(hook(name), with_kwargs=True)
+        for name, prunable in prunables.items()
+        if isinstance(prunable.module, (nn.Linear, *_CONVOLUTIONS))
     ]
     try:
         yield
@@ -46,7 +48,9 @@ def observe_inputs(slots: Mapping[str, PrunableWeight], see: Callable[[str, Tens
         for handle in handles:
             handle.remove()
     if unseen:
-        raise _unobservable(next(name for name in slots if name in unseen), "is not called as a linear or convolution")
+        raise _unobservable(
+            next(name for name in prunables if name in unseen), "is not called as a linear or convolution"
+        )
 
 
 def _unobservable(name: str, reason: str) -> ValueError:
@@ -56,13 +60,13 @@ def _unobservable(name: str, reason: str) -> ValueError:
 
 
 def input_columns(name: str, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
-    """The inputs of one call of a layer as a matrix, one for each group of a convolution.
+    """Unfold the inputs of one call of a layer into a matrix for each group of a convolution.
 
     Args:
-        name: of the weight, for errors.
+        name: name of the weight, for errors.
         layer: a linear or convolution layer.
-        inputs: [n, ..., features] or [n, channels, ...]; may hold another number of examples than `outputs`.
-        outputs: what the layer made of them; its size tells how a convolution pads.
+        inputs: tensor [n, ..., features] or [n, channels, ...]; n may differ from that of `outputs`.
+        outputs: output of the layer; its size determines the padding of a convolution.
 
     Returns:
         [groups, positions, columns]: a row for every position that the weight is applied to, whose columns are in the
@@ -92,10 +96,10 @@ def input_columns(name: str, layer: nn.Module, inputs: Tensor, outputs: Tensor) 
 def _paddings(
     name: str, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, sizes: Sequence[int], outputs: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """What is added before and after each dimension.
+    """Infer the padding before and after each dimension.
 
-    Some layers pad their input themselves so that the output has `ceil(size / stride)` positions, as TensorFlow does;
-    their `padding` does not say so, but the size of their output does.
+    Some layers pad their input in `forward`, so that the output has `ceil(size / stride)` positions as in TensorFlow;
+    the size of their output shows it, and `padding` does not.
     """
     declared = (0,) * len(sizes) if isinstance(layer.padding, str) else layer.padding
     paddings = []
@@ -107,5 +111,7 @@ def _paddings(
         elif output == -(-size // stride) and missing > 0:
             paddings.append((missing // 2, missing - missing // 2))
         else:
-            raise _unobservable(name, f"makes {output} positions of {size} by a padding of its own")
+            raise _unobservable(
+                name, f"has {output} output positions for {size} input positions, by a padding of its own"
+            )
     return paddings

@@ -1,4 +1,4 @@
-"""One-shot pruning that corrects the kept weights so that every layer's output stays close: SparseGPT."""
+"""Prune in one shot and correct the kept weights so that the output of every layer stays close (SparseGPT)."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def sparsegpt(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Prune every layer in order of execution and correct its kept weights (SparseGPT, arXiv 2301.00774).
 
-    Each layer sees the inputs that the layers before it make once they are pruned. Masks are chosen block of columns
-    by block of columns, jointly over all rows, and errors are passed on to later columns. Convolutions are unfolded
-    and each of their groups has a Hessian of its own. All is done on a copy, without prompt, on the dense weights;
-    forward passes run in float32, the rest in float64.
+    The inputs of each layer are the outputs of the layers before it after pruning. Masks are selected in blocks of
+    columns, jointly over all rows, and errors are propagated to later columns. Convolutions are unfolded, with one
+    Hessian for each group. A copy of the model with dense weights and without prompt is pruned; forward passes run in
+    float32, the rest in float64.
 
     Args:
-        model: in any state; left as it is. Its own masks do not count, but a frozen model has zeros where they were
-            written.
+        model: model in any state; not modified. Its masks are ignored, but a frozen model keeps the zeros that they
+            wrote.
         batches: dictionaries of `pixel_values` [n, channels, height, width], normalised; other keys are ignored.
-        sparsity: fraction to remove from each layer, in [0, 1]; `round((1 - sparsity) * n)` weights are kept in each.
-        block_size: columns whose mask is chosen at once.
+        sparsity: fraction of the weights of each layer to remove, in [0, 1]; `round((1 - sparsity) * n)` are kept.
+        block_size: number of columns whose mask is selected at once.
         damping: fraction of the mean of the Hessian's diagonal that is added to it.
 
     Returns:
@@ -51,11 +51,11 @@ def sparsegpt(
     """
     masking.kept_count(0, sparsity)
     dense = dense_copy(model)
-    inputs, slots, masks = Batches("sparsegpt", dense, batches), dense.slots(), dict[str, Tensor]()
+    inputs, prunables, masks = Batches("sparsegpt", dense, batches), dense.prunables(), dict[str, Tensor]()
     weights = dense.prunable_weights()
     with torch.autocast(model.device.type, enabled=False):
-        for name in _execution_order(dense, inputs, slots):
-            hessian = _hessian(dense, inputs, name, slots[name])
+        for name in _execution_order(dense, inputs, prunables):
+            hessian = _hessian(dense, inputs, name, prunables[name])
             groups, columns = hessian.shape[:2]
             matrix = weights[name].double().reshape(groups, -1, columns)
             try:
@@ -71,27 +71,29 @@ def sparsegpt(
 
 
 def _execution_order(
-    model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], slots: Mapping[str, masking.PrunableWeight]
+    model: PromptedSparseModel,
+    batches: Sequence[Mapping[str, Tensor]],
+    prunables: Mapping[str, masking.PrunableWeight],
 ) -> list[str]:
     order = dict[str, None]()
-    with observe_inputs(slots, lambda name, inputs, outputs: order.setdefault(name)):
+    with observe_inputs(prunables, lambda name, inputs, outputs: order.setdefault(name)):
         model(batches[0]["pixel_values"], use_prompt=False)
     return list(order)
 
 
 def _hessian(
-    model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], name: str, slot: masking.PrunableWeight
+    model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], name: str, prunable: masking.PrunableWeight
 ) -> Tensor:
-    """`2 / n * sum(x x^T)` over the n inputs x of a layer, [groups, columns, columns]."""
+    """Compute `2 / n * sum(x x^T)` over the n inputs x of a layer, [groups, columns, columns]."""
     sums, counts = list[Tensor](), list[int]()
 
     def add(name: str, inputs: Tensor, outputs: Tensor) -> None:
         for part in inputs.split(_IMAGES_AT_ONCE):
-            columns = input_columns(name, slot.module, part, outputs).double()
+            columns = input_columns(name, prunable.module, part, outputs).double()
             counts.append(columns.shape[1])
             sums[:] = [sum(sums, columns.mT @ columns)]
 
-    with observe_inputs({name: slot}, add):
+    with observe_inputs({name: prunable}, add):
         for batch in batches:
             model(batch["pixel_values"], use_prompt=False)
     return sums[0].mul_(2 / sum(counts))
@@ -100,13 +102,13 @@ def _hessian(
 def prune_matrix(
     weight: Tensor, hessian: Tensor, sparsity: float, block_size: int = 128, damping: float = 0.01
 ) -> tuple[Tensor, Tensor]:
-    """Prune one weight, column by column, each time moving what was removed onto the columns that follow.
+    """Prune one weight column by column, and compensate each error in the following columns.
 
     Args:
         weight: [groups, rows, columns], float64.
-        hessian: of each group's inputs, [groups, columns, columns], float64.
+        hessian: Hessian of the inputs of each group, [groups, columns, columns], float64.
         sparsity: fraction to remove; the number kept is exact, and spread evenly over the blocks.
-        block_size: columns whose mask is chosen at once.
+        block_size: number of columns whose mask is selected at once.
         damping: fraction of the mean of the diagonal that is added to it.
 
     Returns:
@@ -135,7 +137,7 @@ def prune_matrix(
 
 
 def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped Hessian, with ones for inputs that are always zero."""
+    """Factorise the inverse of the damped Hessian (upper Cholesky), with ones for inputs that are always zero."""
     hessian = hessian.clone()
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     diagonal.masked_fill_(dead, 1)

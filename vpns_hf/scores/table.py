@@ -1,4 +1,4 @@
-"""Scores of weights from a few batches, by which a mask is selected without learning it; larger = keep.
+"""Score weights on a few batches, to select a mask without learning it; larger = keep.
 
 A new score is one function and one entry in [`SCORES`].
 """
@@ -30,20 +30,19 @@ def score_weights(
     masks: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Score every prunable weight of the dense backbone; neither the model nor the global random state changes.
+    """Score every prunable weight of the dense backbone, without changing the model or the global random state.
 
     The score is computed on a copy in float32 and in eval mode, without prompt. The loss is the model's own, under its
     head or label mapping. Weights that the loss does not reach score 0.
 
     Args:
         name: a key of [`SCORES`].
-        model: in any state. Its own masks do not count, but a frozen model has zeros where they were written.
+        model: model in any state. Its masks are ignored, but a frozen model keeps the zeros that they wrote.
         batches: dictionaries of `pixel_values` [n, channels, height, width], normalised, and, for scores that need
             them, `labels` [n]; other keys are ignored. Their losses are summed.
-        masks: score the weights under these masks, True = kept, one for each prunable weight: masked weights are zero
-            and get neither a gradient nor a score, which is then 0. A caller that ranks scores of either sign must
-            leave them out. None: every weight counts.
-        options: of the score, such as `seed` or `temperature`.
+        masks: bool tensors by weight name, True = kept, one for each prunable weight. Masked weights are zero, get no
+            gradient, and score 0; a caller that ranks scores of either sign must exclude them. None: all kept.
+        options: options of the score, such as `seed` or `temperature`.
 
     Returns:
         One tensor per prunable weight, keyed and ordered as `model.masks()`, on the model's device; float32, or
@@ -66,22 +65,22 @@ def score_weights(
 
 
 def dense_copy(model: PromptedSparseModel, masks: Mapping[str, Tensor] | None = None) -> PromptedSparseModel:
-    """A float32 copy in eval mode whose weights are plain; only prunable weights take a gradient.
+    """Copy a model in float32 and eval mode, without scores; only prunable weights require gradients.
 
     Args:
-        model: in any state; left as it is.
-        masks: freeze the copy under these masks; None: it is in the dense state.
+        model: model in any state; not modified.
+        masks: masks under which the copy is frozen; None: the copy is dense.
 
     Raises:
         ValueError: the names or shapes of the masks do not fit.
     """
     dense = copy.deepcopy(model)
-    # Accelerate gives a prepared model a `forward` of its own, which turns autocast on.
+    # Accelerate replaces the `forward` of a prepared model by one with autocast.
     dense.__dict__.pop("forward", None)
     if dense.config.state == "search":
         dense.detach_scores()
     elif dense.config.state == "frozen":
-        masking.unfreeze(dense.slots())
+        masking.unfreeze(dense.prunables())
         dense.config.state = "dense"
     dense.float().eval()
     if dense.backbone.config._attn_implementation not in _PLAIN_ATTENTION:
@@ -94,16 +93,16 @@ def dense_copy(model: PromptedSparseModel, masks: Mapping[str, Tensor] | None = 
     return dense
 
 
-# Others, such as flash attention, are made for half precision or cannot be differentiated twice.
+# Others, such as flash attention, support only half precision or no second derivative.
 _PLAIN_ATTENTION = (None, "eager", "sdpa")
 
 
 class Batches(Sequence[Mapping[str, Tensor]]):
-    """Batches of images that are moved to the model when they are read.
+    """Batches of images that move to the device of the model when they are read.
 
     Args:
-        purpose: what needs them, for the error if there are none.
-        model: gives device and, for images, dtype.
+        purpose: name of the score, for the error if there are no batches.
+        model: model that determines the device and the dtype of images.
         batches: dictionaries with `pixel_values` and maybe `labels`.
     """
 
@@ -130,12 +129,12 @@ def _classify(model: PromptedSparseModel, batch: Mapping[str, Tensor]) -> ImageC
 
 
 def _gradients(total: Tensor, weights: Mapping[str, Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
-    """Gradients in the order of the weights; zeros for those that are not reached."""
+    """Compute gradients in the order of the weights, zero where a weight does not affect the total."""
     return torch.autograd.grad(total, tuple(weights.values()), create_graph=create_graph, materialize_grads=True)
 
 
 def _summed_gradients(losses: Iterable[Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of the sum of the losses, whose graphs are built one at a time."""
+    """Sum the gradients of the losses, whose graphs are built one at a time."""
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for loss in losses:
         for total, gradient in zip(sums.values(), _gradients(loss, weights), strict=True):
@@ -144,14 +143,14 @@ def _summed_gradients(losses: Iterable[Tensor], weights: Mapping[str, Tensor]) -
 
 
 def magnitude(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """`|theta|`."""
+    """Score by magnitude, `|theta|`."""
     return {name: weight.detach().abs() for name, weight in model.prunable_weights().items()}
 
 
 def lamp(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Squared weight over the sum of all squares in its tensor that are not smaller (LAMP, arXiv 2010.07611).
+    """Score by the squared weight over the sum of all squares in its tensor that are not smaller (LAMP).
 
-    Ranks one tensor as magnitude does, also where magnitudes are equal.
+    arXiv 2010.07611. Within one tensor the ranking equals that of magnitude, ties included.
     """
     return {name: _lamp(weight.detach()) for name, weight in model.prunable_weights().items()}
 
@@ -165,11 +164,11 @@ def _lamp(weight: Tensor) -> Tensor:
 
 
 def random(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], seed: int = 0) -> dict[str, Tensor]:
-    """Uniform in [0, 1), the same on every device.
+    """Draw scores uniformly from [0, 1), the same on every device.
 
     Args:
         model, batches: see [`score_weights`].
-        seed: of the generator.
+        seed: seed of the generator.
     """
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -179,12 +178,12 @@ def random(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], 
 
 
 def snip(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """`|theta * dL/dtheta|`, the effect of each weight's mask on the loss (SNIP, arXiv 1810.02340)."""
+    """Score by `|theta * dL/dtheta|`, the effect of each mask entry on the loss (SNIP, arXiv 1810.02340)."""
     return _connection_sensitivity(model.prunable_weights(), (_classify(model, batch).loss for batch in batches))
 
 
 def _connection_sensitivity(weights: Mapping[str, Tensor], losses: Iterable[Tensor]) -> dict[str, Tensor]:
-    """`|theta * gradient|` of the sum of the losses."""
+    """Compute `|theta * gradient|` of the sum of the losses."""
     totals = _summed_gradients(losses, weights)
     return {name: (weight.detach() * totals[name]).abs() for name, weight in weights.items()}
 
@@ -192,13 +191,13 @@ def _connection_sensitivity(weights: Mapping[str, Tensor], losses: Iterable[Tens
 def grasp(
     model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], temperature: float = 200.0
 ) -> dict[str, Tensor]:
-    """`theta * Hg`, by which gradient flow falls if the weight is removed (GraSP, arXiv 2002.07376); of either sign.
+    """Score by `theta * Hg`, the decrease of gradient flow if the weight is removed (GraSP, arXiv 2002.07376).
 
-    H and g are Hessian and gradient of the loss summed over all batches.
+    Scores have either sign. H and g are Hessian and gradient of the loss summed over all batches.
 
     Args:
         model, batches: see [`score_weights`].
-        temperature: divides the logits.
+        temperature: divisor of the logits.
     """
 
     def losses() -> Iterable[Tensor]:
@@ -209,7 +208,7 @@ def grasp(
 
 
 def _gradient_flow(weights: Mapping[str, Tensor], losses: Callable[[], Iterable[Tensor]]) -> dict[str, Tensor]:
-    """`theta * Hg` of the sum of the losses, which are evaluated twice."""
+    """Compute `theta * Hg` of the sum of the losses, which are evaluated twice."""
     gradients = _summed_gradients(losses(), weights)
 
     def flow(loss: Tensor) -> Tensor:
@@ -223,18 +222,18 @@ def _gradient_flow(weights: Mapping[str, Tensor], losses: Callable[[], Iterable[
 
 
 def synflow(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """`|theta * dR/dtheta|` with R the sum of the logits of a white image, everything positive (arXiv 2006.05467).
+    """Score by `|theta * dR/dtheta|`, R the sum of the logits of a white image (SynFlow, arXiv 2006.05467).
 
-    One evaluation; the paper's 100 rounds belong to the caller. The absolute value is taken of every parameter and
-    buffer, those of normalisation layers included. The conservation laws of the paper hold for networks of ReLU
-    without normalisation; for attention, GELU and normalisation the score is a heuristic.
+    This is one evaluation; the paper's 100 rounds belong to the caller. The absolute value is taken of every
+    parameter and buffer, those of normalisation layers included. The conservation laws of the paper hold for
+    networks of ReLU without normalisation; for attention, GELU and normalisation the score is a heuristic.
 
     Args:
         model: see [`score_weights`].
-        batches: the first one gives the size of the image.
+        batches: batches of which the first determines the size of the image.
     """
     image = torch.ones_like(batches[0]["pixel_values"][:1], dtype=torch.float64)
-    # A product of many layers leaves the range of float32.
+    # A product over many layers exceeds the range of float32.
     model.double()
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -245,29 +244,29 @@ def synflow(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]])
 
 @torch.no_grad()
 def wanda(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Magnitude times the norm of the weight's input over all batches (Wanda, arXiv 2306.11695).
+    """Score by magnitude times the norm of the weight's input over all batches (Wanda, arXiv 2306.11695).
 
-    The paper compares within output rows, the scope `"row"` of [`masking.select_masks`]. Needs no labels.
+    The paper ranks within output rows, the scope `"row"` of [`masking.select_masks`]. Needs no labels.
 
     Raises:
         ValueError: the inputs of a layer cannot be observed.
     """
-    slots, squares = model.slots(), dict[str, Tensor]()
+    prunables, squares = model.prunables(), dict[str, Tensor]()
 
     def add(name: str, inputs: Tensor, outputs: Tensor) -> None:
-        # Squares of all images are summed before they are unfolded, which takes the memory of one image.
+        # Summing squares over images before unfolding needs the memory of one image only.
         squared = inputs.square().sum(0, keepdim=True, dtype=torch.float64)
-        columns = input_columns(name, slots[name].module, squared, outputs).sum(1)
+        columns = input_columns(name, prunables[name].module, squared, outputs).sum(1)
         squares[name] = squares[name] + columns if name in squares else columns
 
-    with observe_inputs(slots, add):
+    with observe_inputs(prunables, add):
         for batch in batches:
             model(batch["pixel_values"], use_prompt=False)
     return {name: _wanda(weight, squares[name]) for name, weight in model.prunable_weights().items()}
 
 
 def _wanda(weight: Tensor, squares: Tensor) -> Tensor:
-    """|weight| times the root of the sum of squares [groups, columns] of its inputs."""
+    """Multiply |weight| by the root of the sum of squares [groups, columns] of its inputs."""
     norms = squares.sqrt().unsqueeze(1)
     return (weight.abs().reshape(len(squares), -1, squares.shape[1]) * norms).reshape(weight.shape).float()
 
@@ -281,6 +280,5 @@ SCORES: dict[str, Score] = {
     "synflow": synflow,
     "wanda": wanda,
 }
-"""Every score by name. A score takes the copy made by [`dense_copy`], the batches on its device, and options of its
-own; it may change the copy, and returns a tensor for each of
-`model.prunable_weights()`."""
+"""Scores by name. A score takes the copy made by [`dense_copy`], the batches on its device and its own options; it may
+modify the copy, and returns a tensor for each of `model.prunable_weights()`."""

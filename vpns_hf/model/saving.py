@@ -1,0 +1,151 @@
+"""Save a model packed or plain, and load it again."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
+
+from .. import hub
+from . import backbones, packed_shards
+
+if TYPE_CHECKING:
+    from .modeling import PromptedSparseModel
+
+PROMPT_TENSORS = ("prompt", "label_matrix")
+
+
+def save(
+    model: PromptedSparseModel,
+    save_directory: str | os.PathLike[str],
+    packed: bool | None,
+    save_plain: Callable[..., None],
+    **kwargs: Any,
+) -> None:
+    """Write a model into a folder; see [`PromptedSparseModel.save_pretrained`].
+
+    Args:
+        model: the model.
+        save_directory: the folder.
+        packed: whether masks are coded; None: when they are frozen.
+        save_plain: the model's `save_pretrained` as transformers defines it.
+        kwargs: further arguments of `save_plain`.
+    """
+    if kwargs.pop("push_to_hub", False):
+        raise ValueError("`save_pretrained` only saves; call `push_to_hub('user/repo')` to publish the model.")
+    if packed and model.config.state != "frozen":
+        raise ValueError(
+            f"Only frozen masks can be packed; the model is in the {model.config.state!r} state. Call "
+            "`freeze_masks()` first."
+        )
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+        if packed or (packed is None and model.config.state == "frozen"):
+            _save_packed(model, name, save_plain, **kwargs)
+        else:
+            save_plain(name, **kwargs)
+        if model.image_processor is not None and kwargs.get("is_main_process", True):
+            model.image_processor.save_pretrained(name)
+        weights = list(Path(name).glob("*.safetensors"))
+        # Processes other than the main one write no weights and must not remove those that it wrote.
+        for stale in folder.glob("model*.safetensors*") if weights else ():
+            stale.unlink()
+        for file in Path(name).iterdir():
+            os.replace(file, folder / file.name)
+
+
+def _save_packed(
+    model: PromptedSparseModel,
+    folder: str,
+    save_plain: Callable[..., None],
+    state_dict: dict[str, Tensor] | None = None,
+    **kwargs: Any,
+) -> None:
+    check_prompt(model)
+    names = ("max_shard_size", "variant", "save_original_format")
+    options = {name: kwargs.pop(name) for name in names if name in kwargs}
+    # Everything but the weights; where this process is to write them, a file with one number stands for them.
+    save_plain(folder, state_dict={"placeholder": torch.zeros(1)}, **kwargs)
+    for placeholder in Path(folder).glob("*.safetensors"):
+        placeholder.unlink()
+        state = model.state_dict() if state_dict is None else state_dict
+        packed_shards.save_weights(Path(folder), model, state, **options)
+
+
+def load(
+    model_class: type[PromptedSparseModel],
+    name: str,
+    load_plain: Callable[..., tuple[PromptedSparseModel, dict[str, Any]]],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Load a model from a folder or the Hub; see [`PromptedSparseModel.from_pretrained`].
+
+    Args:
+        model_class: class of the model.
+        name: folder or Hub id.
+        load_plain: `from_pretrained` of that class as transformers defines it.
+        args: further positional arguments of `load_plain`.
+        kwargs: further arguments of `load_plain`.
+    """
+    with hub.clear_errors(f"Could not load {name}", kwargs.get("revision")):
+        kwargs["revision"] = hub.pinned_revision(name, kwargs)
+        if "config" not in kwargs and hub.find_file(name, CONFIG_NAME, kwargs) is None:
+            place = "/".join(filter(None, (name, kwargs.get("subfolder"))))
+            raise OSError(f"{place} holds no saved model: there is no {CONFIG_NAME} in it.")
+        return _load(model_class, name, load_plain, *args, **kwargs)
+
+
+def _load(
+    model_class: type[PromptedSparseModel],
+    name: str,
+    load_plain: Callable[..., tuple[PromptedSparseModel, dict[str, Any]]],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    wants_info = kwargs.pop("output_loading_info", False)
+    files = packed_shards.find_packed_files(
+        name, lambda file: hub.find_file(name, file, kwargs), kwargs.get("variant")
+    )
+    # Tensors of another shape are refused below, by one error for all that is wrong.
+    kwargs["ignore_mismatched_sizes"] = True
+    with packed_shards.open_state_dict(files) as state_dict:
+        if files:
+            config = kwargs.get("config") or model_class.config_class.from_pretrained(name, **hub.hub_kwargs(kwargs))
+            kwargs |= {"config": config, "state_dict": state_dict}
+        model, info = load_plain(None if files else name, *args, output_loading_info=True, **kwargs)
+    wrong = [
+        *(f"{key} is missing" for key in sorted(info["missing_keys"])),
+        *(f"{key} has shape {tuple(found)}" for key, found, _ in sorted(info["mismatched_keys"])),
+        *(f"{key} is unknown" for key in sorted(info["unexpected_keys"]) if files),
+    ]
+    if wrong:
+        raise ValueError(
+            f"{name} does not hold the tensors that its config.json describes: {len(wrong)} are missing, unknown "
+            f"or have another shape; {wrong[0]}. The download may be incomplete."
+        )
+    check_prompt(model)
+    model.name_or_path = model.config.name_or_path = name
+    model._mask_gradients()
+    if hub.find_file(name, IMAGE_PROCESSOR_NAME, kwargs):
+        model.image_processor = backbones.find_image_processor(name, kwargs)
+    return (model, info) if wants_info else model
+
+
+def check_prompt(model: PromptedSparseModel) -> None:
+    """Refuse NaN in the prompt and the label matrix.
+
+    Raises:
+        ValueError: there are some.
+    """
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.split(".")[0] in PROMPT_TENSORS}
+    # Tensors that are offloaded to the disk lie on the meta device and have no values to check.
+    if broken := [name for name, tensor in own.items() if not tensor.is_meta and tensor.isnan().any()]:
+        raise ValueError(f"{broken[0]} of this model holds NaN; the run diverged, or its file is damaged.")
