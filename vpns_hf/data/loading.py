@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from . import folders
 from .columns import check_classes, choose_columns, encode_labels, require_columns
 from .corrupt import skip_corrupt
 from .sampling import carve, check_sampling, sample
@@ -98,12 +100,13 @@ def load_transfer_dataset(
         image_column, label_column = image_column or task.image, label_column or task.label
         train_split, test_split = train_split or task.train, test_split or task.test
         validation_split = validation_split or task.validation
-    options = {"name": name, "revision": revision, "cache_dir": cache_dir, "token": token}
-    if stream_images is None:
-        raw = _read(path, **options, num_proc=num_proc)
-    else:
-        raw = _read(path, **options, streaming=True)
+    options: dict[str, Any] = {"name": name, "revision": revision, "cache_dir": cache_dir, "token": token}
+    asked = [split for split in (train_split, validation_split, test_split) if split is not None]
+    options |= {"num_proc": num_proc} if stream_images is None else {"streaming": True}
+    raw = _read(path, asked, **options)
     chosen = _choose_splits(raw, train_split, validation_split, test_split)
+    if task is None and (unused := [split for split in raw if split not in chosen.values()]):
+        logger.warning("Not used: the splits %s of the data set.", listed(unused))
     parts = {
         ours: _part(raw[theirs], theirs, stream_images if ours == "train" else None, seed, cache_dir)
         for ours, theirs in chosen.items()
@@ -127,19 +130,54 @@ def load_transfer_dataset(
     return TransferSplits({ours: parts[ours].data for ours in SPLITS}, {ours: parts[ours].stored for ours in SPLITS})
 
 
-def _read(path: str | Path | Dataset | DatasetDict, **options: Any) -> DatasetDict:
-    """The data set as it is stored, all splits."""
+def _read(path: str | Path | Dataset | DatasetDict, asked: list[str], **options: Any) -> DatasetDict:
+    """Read the data set as it is stored, all splits."""
     if isinstance(path, IterableDataset | IterableDatasetDict):
         raise ValueError(
             "Prompted and plain batches draw images by index, which a stream cannot give: pass the Hub id or folder "
             "with stream_images=n, or keep what you need of the stream with "
             "Dataset.from_generator(lambda: stream.take(n), features=stream.features)."
         )
-    if isinstance(path, str | Path):
-        folder = Path(path)
-        saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-        path = load_from_disk(str(folder)) if saved else _load(str(path), **options)
-    return DatasetDict({"train": path}) if isinstance(path, Dataset) else path
+    if isinstance(path, Dataset):
+        return DatasetDict({"train": path})
+    if isinstance(path, DatasetDict):
+        return path
+    folder = Path(path)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        saved = load_from_disk(str(folder))
+        return DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
+    return _read_folder(folder, asked, **options) if folder.is_dir() else _load(str(path), **options)
+
+
+def _read_folder(folder: Path, asked: list[str], **options: Any) -> DatasetDict:
+    """Read a local folder, and report the image files in it that are no rows."""
+    listing = folders.list_folder(folder)
+    if folders.is_image_folder(folder, listing):
+        for argument in ("name", "revision"):
+            if options[argument] is not None:
+                raise ValueError(
+                    f"{argument} is '{options[argument]}' and '{folder}' is a local folder of images, which has no "
+                    f"{argument}: leave it out."
+                )
+        return folders.read_image_folder(folder, listing, asked, options["cache_dir"], "streaming" in options)
+    if glob.has_magic(str(folder)):
+        raise ValueError(
+            f"The path '{folder}' has one of the characters * ? [, which `datasets` reads as a pattern: rename the "
+            "folder."
+        )
+    raw = _load(str(folder), **options)
+    if not listing.is_mostly_images or "streaming" in options:
+        return raw
+    rows = sum(raw.num_rows.values())
+    if rows < listing.num_images:
+        logger.warning(
+            "Left out: %d of the %d image files of '%s': no row of its metadata or archives names them, or "
+            "`datasets` took words such as train and test in some of their names for splits.",
+            listing.num_images - rows,
+            listing.num_images,
+            folder,
+        )
+    return raw
 
 
 def _load(path: str, **options: Any) -> DatasetDict:
