@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
@@ -26,6 +26,9 @@ from .configuration import PromptedSparseConfig
 from .head import checked_classes, checked_matrix, map_logits, take_classes
 from .prompts import build_prompt
 from .sparse_model import SparseModel
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 PROMPT_TENSORS = ("prompt", "label_matrix")
 PROMPT_FIELDS = ("prompt", "prompt_size", "prompt_inner_size", "image_size", "image_mean", "image_std", "use_prompt")
