@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -30,6 +29,8 @@ def _frequency(counts: Tensor) -> Tensor:
 
 def _optimal(counts: Tensor) -> Tensor:
     """Match one to one with the highest total count."""
+    from scipy.optimize import linear_sum_assignment
+
     _require_enough_sources(counts)
     targets, sources = linear_sum_assignment(counts.T.numpy(), maximize=True)
     mapping = torch.full((counts.shape[1],), -1)

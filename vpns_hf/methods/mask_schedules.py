@@ -348,7 +348,7 @@ def drop_and_grow(weight: Tensor, mask: Tensor, gradient: Tensor, fraction: floa
 
 def keep_all(model: PromptedSparseModel) -> int:
     """Freeze the model with nothing pruned; returns how many mask entries changed."""
-    return model.apply_masks(all_kept(model.slots()))
+    return model.apply_masks(all_kept(model.prunables()))
 
 
 def largest_weights(model: PromptedSparseModel, sparsity: float) -> dict[str, Tensor]:

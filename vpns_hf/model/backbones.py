@@ -6,24 +6,25 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+# Image processors and timm load where they are needed: timm alone takes as long to import as transformers' models.
+import transformers
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
-    BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
-    TimmWrapperImageProcessor,
 )
 
 from ..hub import hub_kwargs
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 
 def load_backbone(
@@ -93,7 +94,7 @@ def find_image_processor(name: str, kwargs: Mapping[str, Any]) -> BaseImageProce
         kwargs: arguments of `from_pretrained`, such as `revision` and `token`.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name, **hub_kwargs(kwargs))
+        return transformers.AutoImageProcessor.from_pretrained(name, **hub_kwargs(kwargs))
     except (OSError, ValueError):
         # Without one, size and normalisation come from the configuration or the caller.
         return None
@@ -102,7 +103,7 @@ def find_image_processor(name: str, kwargs: Mapping[str, Any]) -> BaseImageProce
 def savable(image_processor: BaseImageProcessor | None) -> BaseImageProcessor | None:
     """Return the image processor if it can be saved as a file, else None."""
     # That of a timm model is part of the config.json of the model.
-    return None if isinstance(image_processor, TimmWrapperImageProcessor) else image_processor
+    return None if isinstance(image_processor, transformers.TimmWrapperImageProcessor) else image_processor
 
 
 def _as_classifier(model: nn.Module) -> PreTrainedModel:
@@ -124,10 +125,10 @@ def _as_classifier(model: nn.Module) -> PreTrainedModel:
             f"{type(model).__name__} is neither a transformers image classifier nor a timm model; wrap it as one of "
             "them."
         ) from None
-    config = TimmWrapperConfig.from_dict(
+    config = transformers.TimmWrapperConfig.from_dict(
         {"architecture": pretrained_cfg["architecture"], "num_classes": num_classes, "pretrained_cfg": pretrained_cfg}
     )
-    wrapper = TimmWrapperForImageClassification(config)
+    wrapper = transformers.TimmWrapperForImageClassification(config)
     try:
         wrapper.timm_model.load_state_dict(model.state_dict())
     except RuntimeError as error:

@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .. import hub
@@ -25,6 +25,9 @@ from .head import checked_classes, checked_matrix, map_logits, take_classes
 from .prompts import build_prompt
 from .sparse_model import SparseModel
 from .subnetworks import fitting_masks, take_prompt
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 
 class PromptedSparseModel(SparseModel):

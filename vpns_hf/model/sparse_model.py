@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from .. import masking
 from ..masking import sharding
@@ -32,7 +32,8 @@ class SparseModel(PreTrainedModel):
         backbone: the image classifier to wrap; built from `config.backbone_config` when None.
     """
 
-    image_processor: BaseImageProcessor | None = None
+    # A BaseImageProcessor: transformers evaluates these annotations at import, and its name would load torchvision.
+    image_processor: Any = None
     config: PromptedSparseConfig
     backbone: PreTrainedModel
 

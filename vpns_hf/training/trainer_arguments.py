@@ -99,8 +99,8 @@ REFUSED_OBJECTS: dict[str, str] = {
         "`lr_scheduler_type`, or override `create_optimizer`"
     ),
     "optimizer_cls_and_kwargs": (
-        "every stage builds one optimizer per role; choose them by `optim`, `score_optim` and `optim_args`, or override "
-        "`create_optimizer`"
+        "every stage builds one optimizer per role; choose them by `optim`, `score_optim` and `optim_args`, or "
+        "override `create_optimizer`"
     ),
 }
 HONOURED_OBJECTS = frozenset(
