@@ -31,6 +31,7 @@ class StageStart:
         calibration: gives batches of `pixel_values` and `labels`, balanced over the classes, not augmented.
         first_state: gives the backbone's parameters and buffers as they were before the first stage after the
             warm-up (see [`PromptedSparseModel.backbone_state`]).
+        loss: loss of logits and labels that scores follow; None: the model's own.
     """
 
     model: PromptedSparseModel
@@ -38,6 +39,7 @@ class StageStart:
     seed: int
     calibration: Callable[[], Batches]
     first_state: Callable[[], Mapping[str, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 Preparation = Callable[[StageStart], None]
@@ -73,7 +75,7 @@ class Select:
         for turn in range(1, self.rounds + 1):
             sparsity = 1 - (1 - start.sparsity) ** (turn / self.rounds) if turn < self.rounds else start.sparsity
             masks = model.masks()
-            scores = score_weights(self.score, model, batches, masks=masks, **options)
+            scores = score_weights(self.score, model, batches, masks=masks, loss=start.loss, **options)
             # A pruned weight must not win against a kept one whose score is lower than its own, as signed ones can be.
             survivors = {name: score.masked_fill(~masks[name], -math.inf) for name, score in scores.items()}
             selected = select_masks(survivors, sparsity, self.scope or model.config.scope)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .configuration import PromptedSparseConfig
 
@@ -69,3 +70,16 @@ def _take_rows(tensor: Tensor, shape: torch.Size, rows: Sequence[int]) -> Tensor
         if current != target:
             return tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
     return tensor
+
+
+def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+    """Compute the mean cross-entropy, binary for `multi_label_classification`.
+
+    Args:
+        logits: logits [n, classes].
+        labels: class ids [n], class probabilities [n, classes], or zeros and ones [n, classes] for several labels.
+        problem_type: `problem_type` of the backbone's configuration.
+    """
+    if problem_type == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+    return F.cross_entropy(logits.float(), labels)

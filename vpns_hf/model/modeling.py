@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -21,7 +20,7 @@ from .. import hub
 from ..masking.recomputation import recomputing
 from . import backbones, checks, saving
 from .configuration import PromptedSparseConfig
-from .head import checked_classes, checked_matrix, map_logits, take_classes
+from .head import checked_classes, checked_matrix, classification_loss, map_logits, take_classes
 from .prompts import build_prompt
 from .sparse_model import SparseModel
 from .subnetworks import fitting_masks, take_prompt
@@ -58,6 +57,8 @@ class PromptedSparseModel(SparseModel):
     # An update of 1e-4 vanishes in half precision.
     _keep_in_fp32_modules_strict = ["scores", "prompt", "label_matrix"]  # noqa: RUF012
     # Set while the prompt is trained alone: no dropout, and BatchNorm keeps its running statistics.
+    # Loss of logits and labels in place of the backbone's own, as one-shot scores of a trainer's loss need it.
+    task_loss: Callable[[Tensor, Tensor], Tensor] | None = None
     eval_backbone = False
     label_matrix: Tensor | None
 
@@ -267,19 +268,25 @@ class PromptedSparseModel(SparseModel):
 
         Args:
             pixel_values: normalised images, [n, channels, height, width].
-            labels: class ids [n], or class probabilities [n, num_labels].
+            labels: class ids [n], or class probabilities [n, num_labels]; for `multi_label_classification` zeros and
+                ones [n, num_labels].
             use_prompt: whether the visual prompt is added; None: `config.use_prompt`.
 
         Returns:
-            `logits` [n, num_labels] and, with labels, the mean cross-entropy `loss`. Until a label mapping is set,
-            the logits are those of the source classes.
+            `logits` [n, num_labels] and, with labels, the mean cross-entropy `loss`, binary for several labels an
+            image. Until a label mapping is set, the logits are those of the source classes.
 
         Raises:
             ValueError: a prompt is requested, but the model has none.
         """
         logits = map_logits(self.head_logits(pixel_values, use_prompt), self.config, self.label_matrix)
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        return ImageClassifierOutput(loss=loss, logits=logits)
+        return ImageClassifierOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the loss of logits [n, num_labels]: `task_loss`, or without one that of the backbone's problem."""
+        if self.task_loss is not None:
+            return self.task_loss(logits, labels)
+        return classification_loss(logits, labels, self.config.backbone_config.problem_type)
 
     def head_logits(self, pixel_values: Tensor, use_prompt: bool | None = None) -> Tensor:
         """Compute the logits of the head before any label mapping, [n, classes].

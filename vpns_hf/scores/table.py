@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -28,6 +27,7 @@ def score_weights(
     batches: Sequence[Mapping[str, Tensor]],
     *,
     masks: Mapping[str, Tensor] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Score every prunable weight of the dense backbone, without changing the model or the global random state.
@@ -42,6 +42,7 @@ def score_weights(
             them, `labels` [n]; other keys are ignored. Their losses are summed.
         masks: bool tensors by weight name, True = kept, one for each prunable weight. Masked weights are zero, get no
             gradient, and score 0; a caller that ranks scores of either sign must exclude them. None: all kept.
+        loss: function of logits [n, num_labels] and labels that returns the loss of a batch; None: the model's own.
         options: options of the score, such as `seed` or `temperature`.
 
     Returns:
@@ -55,6 +56,7 @@ def score_weights(
     if name not in SCORES:
         raise ValueError(f"There is no score {name!r}; expected one of {', '.join(SCORES)}.")
     dense = dense_copy(model, masks)
+    dense.task_loss = loss
     with torch.enable_grad(), torch.autocast(model.device.type, enabled=False):
         scores = SCORES[name](dense, Batches(name, dense, batches), **options)
     scores = {weight: scores[weight].detach() for weight in dense.masks()}
@@ -202,7 +204,7 @@ def grasp(
 
     def losses() -> Iterable[Tensor]:
         for batch in batches:
-            yield F.cross_entropy(_classify(model, batch).logits / temperature, batch["labels"])
+            yield model.loss(_classify(model, batch).logits / temperature, batch["labels"])
 
     return _gradient_flow(model.prunable_weights(), losses)
 

@@ -20,6 +20,12 @@ def check_model(model: Any, args: VPNsTrainingArguments, method: Method) -> None
             f"VPNsTrainer trains a PromptedSparseModel, not a {type(model).__name__}; wrap it with "
             "`PromptedSparseModel.from_backbone(model)`."
         )
+    problem = model.config.backbone_config.problem_type
+    if problem == "regression" or model.config.num_labels == 1:
+        raise ValueError(
+            f"VPNsTrainer trains classifiers, and this model has `problem_type={problem!r}` and "
+            f"{model.config.num_labels} labels; build one with `num_labels` of at least 2."
+        )
     if model.prompt is None and (method.uses_prompt or args.eval_prompt == "with"):
         raise ValueError(
             f"`method={args.method!r}` with `eval_prompt={args.eval_prompt!r}` needs a prompt; build the model with "

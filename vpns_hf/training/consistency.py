@@ -57,7 +57,7 @@ def compare_processes(accelerator: Accelerator, model: PromptedSparseModel, when
         "masks": model.masks().values(),
         **{role: parameters.values() for role, parameters in model.parameters_by_role().items()},
     }
-    own = torch.stack([_hash_all(tensors, accelerator.device) for tensors in kinds.values()])
+    own = torch.stack([hash_tensors(tensors, accelerator.device) for tensors in kinds.values()])
     everyone = accelerator.gather(own[None])
     differs = everyone != everyone[0]
     if not differs.any():
@@ -71,7 +71,8 @@ def compare_processes(accelerator: Accelerator, model: PromptedSparseModel, when
     )
 
 
-def _hash_all(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+def hash_tensors(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return a 64-bit hash of the bits of several tensors; sharded ones are left out."""
     total = torch.zeros((), dtype=torch.int64, device=device)
     for tensor in tensors:
         if not sharding.is_sharded([tensor]):

@@ -1,4 +1,4 @@
-"""Restore the model of an earlier stage, and save the state that stages rewind to."""
+"""Save the model of a finished stage and the state that stages rewind to, and restore a model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..model.modeling import PromptedSparseModel
+from .checkpoints import publish_folder, writing
+from .plan import StagePlan
+from .run_record import MODEL_FOLDER
 
 
 def save_first_state(model: PromptedSparseModel, path: Path) -> None:
@@ -19,6 +24,20 @@ def save_first_state(model: PromptedSparseModel, path: Path) -> None:
     state = model.backbone_state()
     save_file({name: tensor.detach().clone() for name, tensor in state.items()}, temporary)
     os.replace(temporary, path)
+
+
+def save_stage(model: PromptedSparseModel, state: TrainerState, plan: StagePlan) -> None:
+    """Save model and log of a finished stage.
+
+    Raises:
+        OSError: they cannot be written; the checkpoints of the stage are untouched.
+    """
+    temporary, final = plan.folder / f"{MODEL_FOLDER}.tmp", plan.folder / MODEL_FOLDER
+    advice = "; its checkpoints are as they were, so make room and pass `resume_from_checkpoint=True`"
+    with writing(f"The model of the stage {plan.name}, {final},", temporary, advice):
+        model.save_pretrained(temporary, packed=False)
+        state.save_to_json(str(plan.folder / TRAINER_STATE_NAME))
+        publish_folder(temporary, final)
 
 
 def replace_model(model: PromptedSparseModel, folder: Path) -> None:

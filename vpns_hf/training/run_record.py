@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import UNFINISHED_CHECKPOINT, damage, last_complete_checkpoint, remove, writing
 from .counters import Cost
+from .run_settings import check_settings
 
 STAGES_NAME = "stages.json"
 FIRST_STATE_NAME = "first_state.safetensors"
@@ -59,7 +60,7 @@ class RunRecord:
 
     Args:
         folder: output folder of the run.
-        settings: what a run that goes on must have in common with it: `method`, `sparsity` and `seed`.
+        settings: settings that a resumed run must have in common with it, see `run_settings`.
         finished: the stages that ended, in order.
     """
 
@@ -78,12 +79,7 @@ class RunRecord:
         if not path.is_file():
             return cls(folder, settings, [])
         content = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in settings.items():
-            if content["settings"][name] != value:
-                raise ValueError(
-                    f"{folder} holds a run of {name} {content['settings'][name]!r}, not {value!r}; choose another "
-                    "`output_dir`."
-                )
+        check_settings(folder, content["settings"], settings)
         finished = [FinishedStage(**stage | {"cost": Cost(**stage["cost"])}) for stage in content["finished"]]
         return cls(folder, settings, finished)
 

@@ -15,13 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
@@ -33,8 +30,10 @@ from .arguments import VPNsTrainingArguments
 from .checkpoints import UNFINISHED_CHECKPOINT, publish_checkpoint, writing
 from .counters import Counters
 from .interruption import ignore_signals
+from .losses import mix_images, smoothed_loss
 from .optimizers import OptimizerByRole, build_optimizer, learning_rate_factor, weight_groups
 from .plan import StagePlan
+from .reporting import loggable
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +68,7 @@ class StageTrainer(Trainer):
             # It divides by the items of all accumulated batches.
             self.loss_is_scaled_for_ga = True
         if self.label_smoother is not None:
-            # Trainer's own does not take class probabilities, as MixUp gives.
-            self.label_smoother = self._smoothed_loss
+            self.label_smoother = smoothed_loss(self.args.label_smoothing_factor)
 
     @property
     def counters(self) -> Counters:
@@ -209,20 +207,9 @@ class StageTrainer(Trainer):
         return super().compute_loss(model, known, return_outputs, num_items_in_batch)
 
     def _mixed(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch after MixUp or CutMix, one of them by chance where both are asked for."""
-        asked = [(v2.MixUp, self.args.mixup_alpha), (v2.CutMix, self.args.cutmix_alpha)]
-        mixers = [kind(alpha=alpha, num_classes=self.model.config.num_labels) for kind, alpha in asked if alpha > 0]
-        if not mixers:
-            return inputs
         # A function of the images seen, so that a resumed run mixes the same ones.
         key = [self.args.seed, self.plan.index, self.counters.images, self.args.process_index]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-            images, labels = v2.RandomChoice(mixers)(inputs["pixel_values"], inputs["labels"])
-        return {**inputs, "pixel_values": images, "labels": labels}
-
-    def _smoothed_loss(self, outputs: Any, labels: Tensor, **kwargs: Any) -> Tensor:
-        return F.cross_entropy(outputs.logits.float(), labels, label_smoothing=self.args.label_smoothing_factor)
+        return mix_images(inputs, self.args.mixup_alpha, self.args.cutmix_alpha, self.model.config.num_labels, key)
 
     def _diverged(self, step: int, what: str) -> FloatingPointError:
         rate = "score_learning_rate" if "scores" in self.plan.stage.roles else "learning_rate"
@@ -246,6 +233,8 @@ class StageTrainer(Trainer):
                 logs["prompt_max"] = max(
                     float(sharding.whole(p.detach()).abs().max()) for p in self.model.prompt.parameters()
                 )
+        # In place, because callers read what is added here.
+        logs.update(loggable(logs))
         super().log(logs, start_time)
 
     def evaluation_loop(

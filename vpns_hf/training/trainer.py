@@ -30,16 +30,18 @@ from ..metrics import compute_metrics
 from ..model.modeling import PromptedSparseModel
 from .arguments import VPNsTrainingArguments
 from .callbacks import CheckpointControl, LabelMappingUpdates, MaskUpdates, PushCheckpoints
-from .checkpoints import publish_folder, writing
 from .checks import check_data, check_model, check_processes, check_stages, check_state
 from .consistency import ConsistencyCheck
 from .counters import trained_weights
 from .interruption import StopSignals
 from .label_mapper import LabelMapper
+from .losses import scoring_loss
 from .plan import StagePlan, StageSettings, plan_stages
 from .publishing import Publisher
-from .restoring import replace_model, save_first_state
+from .reporting import numbers
+from .restoring import replace_model, save_first_state, save_stage
 from .run_record import FIRST_STATE_NAME, MODEL_FOLDER, FinishedStage, RunRecord
+from .run_settings import run_settings
 from .stage_trainer import StageTrainer
 from .trainer_arguments import check_objects
 
@@ -113,6 +115,7 @@ class VPNsTrainer(StageTrainer):
             **kwargs,
         )
         self.plan = self.plan_stages()[0]
+        self._settings = run_settings(args, model, self.sparsity, self.scope, self.prompted_train_dataset)
         check_processes(self, self.stages)
         if self.is_fsdp_enabled:
             # Every stage starts from the whole model, which may score or map labels before it is sharded.
@@ -121,6 +124,7 @@ class VPNsTrainer(StageTrainer):
             self.add_callback(ConsistencyCheck(self.accelerator, args.consistency_check_steps))
         self.add_callback(PushCheckpoints(self._push_checkpoint, self.publisher.wait))
         self._checkpoint_control = CheckpointControl(self._signals, self.accelerator)
+        self.add_callback(self._checkpoint_control)
 
     # The run ---------------------------------------------------------------------------------------------------------
 
@@ -173,8 +177,7 @@ class VPNsTrainer(StageTrainer):
         )
 
     def _record(self) -> RunRecord:
-        settings = {"method": self.args.method, "sparsity": self.sparsity, "seed": self.args.seed}
-        return RunRecord.load(Path(self.args.output_dir), settings)
+        return RunRecord.load(Path(self.args.output_dir), self._settings)
 
     def _train_stage(self, plan: StagePlan, record: RunRecord, checkpoint: Path | None, **kwargs: Any) -> TrainOutput:
         self.plan = plan
@@ -189,15 +192,28 @@ class VPNsTrainer(StageTrainer):
             if plan.stage is self.stages[-1] and self.model.config.state == "search":
                 self.label_mapper.refresh(final=True)
                 self.model.freeze_masks()
-            evaluation = {} if self.eval_dataset is None else self.evaluate()
+            evaluation = numbers(self._evaluate_stage())
             record.finished.append(FinishedStage(plan.name, self.state.global_step, evaluation, cost))
-            self._save_stage(record)
+            if self.args.should_save:
+                save_stage(self.model, self.state, plan)
+                record.save()
+            self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 place = f"[stage {plan.index + 1} of {len(self.stages)}] {plan.name}"
                 print(f"{place}: {record.finished[-1].summary(1 - self.model.sparsity)}", flush=True)
             if self._checkpoint_control.was_asked_to_stop():
                 self._checkpoint_control.leave(f"after the stage {plan.name}")
         return output
+
+    def _evaluate_stage(self) -> dict[str, Any]:
+        """Evaluate after a stage; a failure is reported and must not lose the stage."""
+        if self.eval_dataset is None:
+            return {}
+        try:
+            return self.evaluate()
+        except Exception:
+            logger.exception("The evaluation after the stage %s failed; the run continues.", self.plan.name)
+            return {}
 
     def _run(self, checkpoint: Path | None, **kwargs: Any) -> TrainOutput:
         """Train the present stage and leave the model whole and unwrapped."""
@@ -214,19 +230,6 @@ class VPNsTrainer(StageTrainer):
         self.model.unshard()
         self.model.eval_backbone = False
         return output
-
-    def _save_stage(self, record: RunRecord) -> None:
-        """Save the stage's model and log, then record that it ended."""
-        if self.args.should_save:
-            folder = self.plan.folder
-            temporary = folder / f"{MODEL_FOLDER}.tmp"
-            advice = "; its checkpoints are as they were, so make room and pass `resume_from_checkpoint=True`"
-            with writing(f"The model of the stage {self.plan.name}, {folder / MODEL_FOLDER},", temporary, advice):
-                self.model.save_pretrained(temporary, packed=False)
-                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-                publish_folder(temporary, folder / MODEL_FOLDER)
-            record.save()
-        self.accelerator.wait_for_everyone()
 
     # How a stage begins ----------------------------------------------------------------------------------------------
 
@@ -267,7 +270,7 @@ class VPNsTrainer(StageTrainer):
             self.args.seed,
             self.calibration_batches,
             lambda: load_file(first_state, device=str(self.model.device)),
-            self.compute_loss_func,
+            scoring_loss(self.compute_loss_func),
         )
         with self.counters.measuring(self.model):
             for prepare in self.plan.stage.before:
