@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from vpns_hf import VPNsTrainer, VPNsTrainingArguments
+from vpns_hf.training.trainer_arguments import HONOURED_OBJECTS, REFUSED_OBJECTS
 
 from .models import tiny_model
 
@@ -44,7 +45,7 @@ def make_trainer(folder, model, **kwargs):
     callbacks = kwargs.pop("callbacks", None)
     data = {
         name: kwargs.pop(name)
-        for name in ("train_dataset", "prompted_train_dataset", "eval_dataset")
+        for name in (*HONOURED_OBJECTS, *REFUSED_OBJECTS, "prompted_train_dataset")
         if name in kwargs
     }
     data = {"train_dataset": Images(), "prompted_train_dataset": Images(augment=False)} | data

@@ -20,6 +20,7 @@ OVERRIDDEN = {
     "_load_best_model": ["self"],
     "_determine_best_metric": ["self", "metrics", "trial"],
 }
+REFUSED = {"_get_train_sampler"}
 # Attributes that Trainer sets while it trains.
 READ = {"_globalstep_last_logged", "_total_loss_scalar", "_tr_loss"}
 
@@ -52,7 +53,7 @@ def test_one_module_alone_uses_private_members():
         and isinstance(node.value, ast.Name) and node.value.id == "self" and isinstance(node.ctx, ast.Store)
     }  # fmt: skip
     used = {path.name: private_names(path) & members for path in (PACKAGE / "training").glob("*.py")}
-    assert used.pop("stage_trainer.py") == set(OVERRIDDEN) | READ
+    assert used.pop("stage_trainer.py") == set(OVERRIDDEN) | READ | REFUSED
     assert {name: found for name, found in used.items() if found} == {}
 
 

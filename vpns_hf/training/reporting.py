@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ def loggable(value: Any) -> Any:
     """Return a value that JSON can hold: arrays and tensors as lists, other objects as text."""
     if isinstance(value, Mapping):
         return {str(name): loggable(entry) for name, entry in value.items()}
+    if isinstance(value, Enum):
+        return value.value
     if isinstance(value, (np.ndarray, np.generic, Tensor)):
         return value.tolist()
     if isinstance(value, (list, tuple)):

@@ -63,6 +63,11 @@ class StageTrainer(Trainer):
 
     def __init__(self, callbacks: list[TrainerCallback], **kwargs: Any):
         super().__init__(callbacks=[_RestoredLosses(self), Counters(), *callbacks], **kwargs)
+        if type(self)._get_train_sampler is not Trainer._get_train_sampler:
+            raise ValueError(
+                "`_get_train_sampler` is overridden, but VPNsTrainer draws batches that are prompted or plain by a "
+                "sampler of its own; select or repeat rows of the data set instead, as `dataset.select(indices)` does."
+            )
         self._forward_arguments = set(inspect.signature(type(self.model).forward).parameters)
         if self.compute_loss_func is not None:
             # It divides by the items of all accumulated batches.
@@ -114,8 +119,6 @@ class StageTrainer(Trainer):
             yield
         finally:
             self.args = run_args
-
-    # What is trained -------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         """Return batches of one role each, as the stage and `args.prompt_mixing` say."""
@@ -218,8 +221,6 @@ class StageTrainer(Trainer):
             "`max_grad_norm=1.0`, or bf16 instead of fp16; checkpoints of earlier steps are good."
         )
 
-    # What is logged and measured -------------------------------------------------------------------------------------
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the sparsity, the mask entries that changed since the last log and the prompt's largest value."""
         if "train_loss" in logs:
@@ -289,8 +290,6 @@ class StageTrainer(Trainer):
             inputs = {name: value for name, value in inputs.items() if name in self._forward_arguments}
         return super().prediction_step(model, inputs, *args, **kwargs)
 
-    # Saving ----------------------------------------------------------------------------------------------------------
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._check_finite()
         folder, step = Path(self.args.output_dir), self.state.global_step
@@ -354,8 +353,6 @@ class StageTrainer(Trainer):
         if not self.plan.stage.masks.is_final(progress):
             return False
         return super()._determine_best_metric(metrics, trial)
-
-    # Loading ---------------------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_deepspeed_enabled:
