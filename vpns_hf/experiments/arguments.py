@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class ModelArguments:
-    """Which backbone is pruned, and how it is wrapped; see [`PromptedSparseModel.from_backbone`]."""
+    """Arguments of the backbone and its wrapping; see [`PromptedSparseModel.from_backbone`]."""
 
     model_name_or_path: str = field(
         metadata={"help": "Hub id or local folder of an image classifier (transformers or timm)."}
@@ -16,7 +16,7 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the backbone."})
     token: str | None = field(default=None, metadata={"help": "Hub token; the one of `hf auth login` when not given."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are cached."})
-    scope: str = field(default="global", metadata={"help": "What is ranked together: global, layer or erk."})
+    scope: str = field(default="global", metadata={"help": "Ranking of weights: global, layer or erk."})
     prompt: str | None = field(
         default="pad", metadata={"help": "Visual prompt: pad, fixed, random, expand, stripe, lowrank, or none."}
     )
@@ -35,7 +35,7 @@ class ModelArguments:
         default=False, metadata={"help": "With a label mapping, keep all source classes in the head."}
     )
     new_head: bool | None = field(
-        default=None, metadata={"help": "Create the head anew; when not given, only if the label count differs."}
+        default=None, metadata={"help": "Initialise a new head; when not given, only if the label count differs."}
     )
     ignore_modules: list[str] = field(default_factory=list, metadata={"help": "Modules that are never pruned."})
     image_size: int | None = field(
@@ -49,7 +49,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which data set the subnetwork is for; see [`load_transfer_dataset`]."""
+    """Arguments of the data set; see [`load_transfer_dataset`]."""
 
     dataset_name: str = field(
         metadata={
@@ -84,14 +84,14 @@ class DataArguments:
     )
     stream_images: int | None = field(
         default=None,
-        metadata={"help": "Training images to fetch from a stream in place of the whole download; for short runs."},
+        metadata={"help": "Training images to fetch from a stream instead of the whole download; for short runs."},
     )
     check_duplicates: bool = field(
         default=False, metadata={"help": "Report images that are in more than one split before the run starts."}
     )
     augmentation: str = field(
         default="paper",
-        metadata={"help": "Of plain training images: paper, randaugment, trivialaugment or none."},
+        metadata={"help": "Augmentation of plain training images: paper, randaugment, trivialaugment or none."},
     )
     cache_images: bool = field(
         default=False,
@@ -107,7 +107,7 @@ class DataArguments:
 
 @dataclass
 class DryRunArguments:
-    """Base of what a recipe adds to the arguments of model, data and training."""
+    """Base of a program's own arguments, beside those of model, data and training."""
 
     dry_run: bool = field(
         default=False,

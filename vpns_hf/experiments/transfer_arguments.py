@@ -9,9 +9,9 @@ from ..methods.table import MASK_ALONE, get_method
 from .arguments import DataArguments, DryRunArguments, check_sparsities
 from .results import DENSE, FULL
 
-# The row of the masks that `--subnetwork` names.
+# Row of the masks of `--subnetwork`.
 SHARED = "subnetwork"
-# The mode of a cell that finds a mask; it has no line of its own.
+# Mode of a cell that finds a mask; it has no line of its own.
 FIND = "find"
 
 
@@ -73,7 +73,7 @@ class TransferArguments(DryRunArguments):
         metadata={"help": "Methods that find the masks; `dense` keeps every weight, as the reference."},
     )
     modes: list[str] = field(
-        default_factory=lambda: [FULL], metadata={"help": f"What is trained on a target: {', '.join(MODES)}."}
+        default_factory=lambda: [FULL], metadata={"help": f"Ways to train on a target: {', '.join(MODES)}."}
     )
     sparsities: list[float] | None = field(
         default=None, metadata={"help": "Sparsities of the masks; that of --subnetwork, else 0.9, when not given."}
