@@ -23,6 +23,8 @@ from helpers.models import tiny_backbone
 from PIL import Image as PILImage
 from transformers import ViTImageProcessor, set_seed
 
+from vpns_hf.methods import METHODS
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
@@ -30,6 +32,15 @@ def _seeded():
     set_seed(0)
     # The precision that one test asked for must not be that of the next.
     AcceleratorState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _methods():
+    """Keep the methods that a test adds from the tests that follow."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
 
 
 @pytest.fixture

@@ -19,11 +19,10 @@ from transformers import EvalPrediction
 from vpns_hf import VPNsTrainer, VPNsTrainingArguments
 from vpns_hf.metrics import (
     METRICS,
-    Accuracy,
-    ExpectedCalibrationError,
-    MeanPerClassAccuracy,
-    Top5Accuracy,
     compute_metrics,
+    expected_calibration_error,
+    load_metric,
+    top5_accuracy,
 )
 
 
@@ -36,13 +35,13 @@ def unusable_cache(monkeypatch, tmp_path):
 
 
 def test_accuracy_is_an_evaluate_metric():
-    metric = Accuracy()
+    metric = load_metric("accuracy")
     assert isinstance(metric, evaluate.Metric)
     assert metric.compute(predictions=[0, 1, 1, 2], references=[0, 1, 2, 2]) == {"accuracy": 0.75}
 
 
 def test_accuracy_adds_up_batches_and_starts_again():
-    metric = Accuracy()
+    metric = load_metric("accuracy")
     for _ in range(2):
         metric.add_batch(predictions=[0, 0], references=[0, 1])
         metric.add(prediction=1, reference=0)
@@ -52,7 +51,8 @@ def test_accuracy_adds_up_batches_and_starts_again():
 
 def test_mean_per_class_accuracy():
     # Class 0: 3 of 4, class 1: 0 of 1, class 3: 1 of 1; class 2 has no image and is only predicted.
-    result = MeanPerClassAccuracy().compute(predictions=[0, 0, 0, 1, 2, 3], references=[0, 0, 0, 0, 1, 3])
+    metric = load_metric("mean_per_class_accuracy")
+    result = metric.compute(predictions=[0, 0, 0, 1, 2, 3], references=[0, 0, 0, 0, 1, 3])
     assert result == {"mean_per_class_accuracy": pytest.approx((3 / 4 + 0 + 1) / 3)}
 
 
@@ -63,23 +63,24 @@ def test_top5_accuracy():
         [1, 1, 1, 1, 1, 1, 1],  # of equal ones the first count
         [1, 1, 1, 1, 1, 1, 1],
     ]
-    assert Top5Accuracy().compute(predictions=logits, references=[4, 5, 4, 5]) == {"top5_accuracy": 0.5}
-    assert Top5Accuracy().compute(predictions=[[3, 2, 1]], references=[2]) == {"top5_accuracy": 1.0}
-    assert Top5Accuracy.measure(np.full((2, 7), np.nan), np.array([0, 6])) == 0
+    metric = load_metric("top5_accuracy")
+    assert metric.compute(predictions=logits, references=[4, 5, 4, 5]) == {"top5_accuracy": 0.5}
+    assert metric.compute(predictions=[[3, 2, 1]], references=[2]) == {"top5_accuracy": 1.0}
+    assert top5_accuracy(np.full((2, 7), np.nan), np.array([0, 6])) == 0
 
 
 def test_expected_calibration_error():
     # Confidences 0.9 (right), 0.9 (wrong), 0.6 (right): two bins, |1 / 2 - 0.9| of two images and |1 - 0.6| of one.
     probabilities = [[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]]
-    result = ExpectedCalibrationError().compute(predictions=probabilities, references=[0, 1, 1])
+    result = load_metric("expected_calibration_error").compute(predictions=probabilities, references=[0, 1, 1])
     assert result == {"expected_calibration_error": pytest.approx((2 * 0.4 + 0.4) / 3)}
     # 15 bins of equal width, closed above: 0.6 = 9 / 15 ends the ninth, so 0.601 is in another bin, and 0.599 is not.
     one, other, near = [0.6, 0.4], [0.601, 0.399], [0.599, 0.401]
-    apart = ExpectedCalibrationError.measure(np.array([one, other]), np.array([0, 1]))
+    apart = expected_calibration_error(np.array([one, other]), np.array([0, 1]))
     assert apart == pytest.approx((0.4 + 0.601) / 2)
-    together = ExpectedCalibrationError.measure(np.array([one, near]), np.array([0, 1]))
+    together = expected_calibration_error(np.array([one, near]), np.array([0, 1]))
     assert together == pytest.approx(abs(1 - 0.6 + 0 - 0.599) / 2)
-    assert ExpectedCalibrationError.measure(np.array([[0.0, 1.0]] * 3), np.array([1, 1, 1])) == 0
+    assert expected_calibration_error(np.array([[0.0, 1.0]] * 3), np.array([1, 1, 1])) == 0
 
 
 def calibration_by_loop(probabilities, labels):
@@ -117,7 +118,7 @@ def test_uneven_shards_add_up(name):
     logits, labels = rng.normal(size=(23, 6)).astype(np.float32), rng.integers(0, 6, 23)
     expected = compute_metrics(EvalPrediction(logits, labels), [name])
     views = {"classes": logits.argmax(axis=1), "logits": logits, "probabilities": softmax(logits, axis=1)}
-    predictions, metric = views[METRICS[name].takes], METRICS[name]()
+    predictions, metric = views[METRICS[name].takes], load_metric(name)
     for start, stop in ((0, 8), (8, 16), (16, 22), (22, 23)):
         metric.add_batch(predictions=predictions[start:stop], references=labels[start:stop])
     assert metric.compute() == {name: pytest.approx(expected[name], abs=1e-6)}

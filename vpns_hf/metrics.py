@@ -1,138 +1,123 @@
-"""Metrics, as `evaluate` modules that need neither a network nor a cache folder; a new one is one entry in `METRICS`.
+"""Metrics of classification, computed without a network; a new one is one entry in `METRICS`.
 
-They are computed from all predictions at once. On several processes Trainer gathers these first and drops what was
-repeated to fill the last batch, so that the numbers are those of one process.
+They are computed from all predictions at once. On several processes Trainer gathers these first and drops the repeats
+that fill the last batch, so that the numbers are those of one process.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-import datasets
-import evaluate
 import numpy as np
-from scipy.special import softmax
-from sklearn.metrics import accuracy_score, recall_score
 from transformers import EvalPrediction
+
+# scikit-learn and evaluate are imported where they are used: together they take a second, which every import of the
+# trainer would pay.
+if TYPE_CHECKING:
+    import evaluate
 
 CALIBRATION_BINS = 15
 
 
-class _Metric(evaluate.Metric):
-    """Base: kept in memory; its name, what it is in one sentence, and what its predictions are."""
+@dataclass(frozen=True)
+class ClassificationMetric:
+    """A number that is computed from predictions and true classes.
 
-    metric_name: ClassVar[str]
-    description_text: ClassVar[str]
-    takes: ClassVar[Literal["classes", "logits", "probabilities"]] = "classes"
-
-    def __init__(self) -> None:
-        # Nothing is written, but evaluate makes its folder first, and the usual cache may be read-only.
-        super().__init__(keep_in_memory=True, cache_dir=tempfile.gettempdir())
-
-    def _info(self) -> evaluate.MetricInfo:
-        predicted = {
-            "classes": "predicted classes [n]",
-            "logits": "logits [n, classes]",
-            "probabilities": "class probabilities [n, classes]",
-        }[self.takes]
-        one = datasets.Value("int64") if self.takes == "classes" else datasets.Sequence(datasets.Value("float32"))
-        return evaluate.MetricInfo(
-            description=self.description_text,
-            citation="",
-            inputs_description=f"predictions: {predicted}; references: true classes [n].",
-            features=datasets.Features({"predictions": one, "references": datasets.Value("int64")}),
-            # evaluate's own rule: rows of scores have no numpy format.
-            format="numpy" if self.takes == "classes" else None,
-        )
-
-    def _compute(self, *, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        return {self.metric_name: self.measure(np.asarray(predictions), np.asarray(references))}
-
-    @staticmethod
-    def measure(predictions: np.ndarray, references: np.ndarray) -> float:
-        """The number itself, from arrays as `takes` says and true classes [n]."""
-        raise NotImplementedError
-
-
-class Accuracy(_Metric):
-    """Share of predicted classes that are right: `Accuracy().compute(predictions=[...], references=[...])`.
-
-    The same metric as `evaluate.load("accuracy")`, which would have to be downloaded.
+    Args:
+        name: key of the result.
+        description: one sentence.
+        measure: function of predictions, as `takes` says, and true classes [n], which returns the number.
+        takes: `"classes"`: predicted classes [n]; `"logits"`: logits [n, classes]; `"probabilities"`: class
+            probabilities [n, classes].
     """
 
-    metric_name = "accuracy"
-    description_text = "Share of predicted classes that are right."
-
-    @staticmethod
-    def measure(predictions: np.ndarray, references: np.ndarray) -> float:
-        """The share of equal entries of two vectors of classes [n]."""
-        return float(accuracy_score(references, predictions))
+    name: str
+    description: str
+    measure: Callable[[np.ndarray, np.ndarray], float]
+    takes: Literal["classes", "logits", "probabilities"] = "classes"
 
 
-class MeanPerClassAccuracy(_Metric):
-    """Accuracy within each class, averaged over the classes that have images, whatever their number.
+def accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
+    """Return the share of equal entries of two vectors of classes [n], as `evaluate.load("accuracy")` does."""
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(references, predictions))
+
+
+def mean_per_class_accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
+    """Return the accuracy within each class, averaged over the classes that have images, whatever their number.
 
     The metric of Flowers102 and Oxford-IIIT Pet in most transfer studies; scikit-learn's balanced accuracy.
+
+    Args:
+        predictions, references: predicted and true classes [n].
     """
+    from sklearn.metrics import recall_score
 
-    metric_name = "mean_per_class_accuracy"
-    description_text = "Accuracy within each class, averaged over the classes that have images."
-
-    @staticmethod
-    def measure(predictions: np.ndarray, references: np.ndarray) -> float:
-        """The mean recall, from two vectors of classes [n]."""
-        return float(recall_score(references, predictions, labels=np.unique(references), average="macro"))
+    return float(recall_score(references, predictions, labels=np.unique(references), average="macro"))
 
 
-class Top5Accuracy(_Metric):
-    """Share of images whose class is among the five largest logits; 1 with up to five classes.
+def top5_accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
+    """Return the share of images whose class is among the five largest logits; 1 with up to five classes.
 
     Of equal logits the one of the smaller class number counts as larger, as in `argmax`.
+
+    Args:
+        predictions: logits [n, classes].
+        references: true classes [n].
     """
-
-    metric_name = "top5_accuracy"
-    description_text = "Share of images whose class is among the five largest logits."
-    takes = "logits"
-
-    @staticmethod
-    def measure(predictions: np.ndarray, references: np.ndarray) -> float:
-        """The share of rows of logits [n, classes] whose true class [n] is among the five largest."""
-        true = np.take_along_axis(predictions, references[:, None], axis=1)
-        is_earlier = np.arange(predictions.shape[1]) < references[:, None]
-        # Asked this way round, a row of NaN is wrong.
-        behind = (predictions < true) | ((predictions == true) & ~is_earlier)
-        return float(np.mean((~behind).sum(axis=1) < 5))
+    true = np.take_along_axis(predictions, references[:, None], axis=1)
+    is_earlier = np.arange(predictions.shape[1]) < references[:, None]
+    # Asked this way round, a row of NaN is wrong.
+    behind = (predictions < true) | ((predictions == true) & ~is_earlier)
+    return float(np.mean((~behind).sum(axis=1) < 5))
 
 
-class ExpectedCalibrationError(_Metric):
-    """How far confidence is from accuracy: 15 bins of equal width, weighted by their images (arXiv 1706.04599).
+def expected_calibration_error(predictions: np.ndarray, references: np.ndarray) -> float:
+    """Return how far confidence is from accuracy: 15 bins of equal width, weighted by images (arXiv 1706.04599).
 
-    The confidence of an image is its largest probability. The bins part (0, 1], each open below and closed above; the
-    error is the mean over all images of |accuracy - mean confidence| of their bin, in [0, 1].
+    The confidence of an image is its largest probability. The bins divide (0, 1], each open below and closed above;
+    the error is the mean over all images of |accuracy - mean confidence| of their bin, in [0, 1].
+
+    Args:
+        predictions: class probabilities [n, classes].
+        references: true classes [n].
     """
-
-    metric_name = "expected_calibration_error"
-    description_text = "Mean distance of confidence and accuracy over 15 confidence bins of equal width."
-    takes = "probabilities"
-
-    @staticmethod
-    def measure(predictions: np.ndarray, references: np.ndarray) -> float:
-        """The error of class probabilities [n, classes] for true classes [n]."""
-        confidences = predictions.max(axis=1).astype(np.float64)
-        gaps = (predictions.argmax(axis=1) == references) - confidences
-        bins = np.digitize(confidences, np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1], right=True)
-        return float(np.abs(np.bincount(bins, weights=gaps)).sum() / len(gaps))
+    confidences = predictions.max(axis=1).astype(np.float64)
+    gaps = (predictions.argmax(axis=1) == references) - confidences
+    bins = np.digitize(confidences, np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1], right=True)
+    return float(np.abs(np.bincount(bins, weights=gaps)).sum() / len(gaps))
 
 
-METRICS: dict[str, type[_Metric]] = {
-    metric.metric_name: metric for metric in (Accuracy, MeanPerClassAccuracy, Top5Accuracy, ExpectedCalibrationError)
+METRICS: dict[str, ClassificationMetric] = {
+    metric.name: metric
+    for metric in (
+        ClassificationMetric("accuracy", "Share of predicted classes that are right.", accuracy),
+        ClassificationMetric(
+            "mean_per_class_accuracy",
+            "Accuracy within each class, averaged over the classes that have images.",
+            mean_per_class_accuracy,
+        ),
+        ClassificationMetric(
+            "top5_accuracy",
+            "Share of images whose class is among the five largest logits.",
+            top5_accuracy,
+            takes="logits",
+        ),
+        ClassificationMetric(
+            "expected_calibration_error",
+            "Mean distance of confidence and accuracy over 15 confidence bins of equal width.",
+            expected_calibration_error,
+            takes="probabilities",
+        ),
+    )
 }
 
 
-def get_metric(name: str) -> type[_Metric]:
-    """The metric of that name.
+def get_metric(name: str) -> ClassificationMetric:
+    """Return the metric of that name.
 
     Raises:
         ValueError: there is none.
@@ -142,17 +127,34 @@ def get_metric(name: str) -> type[_Metric]:
     return METRICS[name]
 
 
+def load_metric(name: str) -> evaluate.Metric:
+    """Return the metric of that name as a module of `evaluate`, like `evaluate.load`, but without a network.
+
+    `load_metric("accuracy").compute(predictions=[...], references=[...])` returns `{"accuracy": ...}`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from .evaluate_module import EvaluateModule
+
+    return EvaluateModule(get_metric(name))
+
+
 def _logits(predictions: Any) -> np.ndarray:
     return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
 
 
 def predicted_classes(predictions: Any) -> np.ndarray:
-    """Classes [n] with the largest logit, of what Trainer predicts: logits [n, classes] or a tuple of them first."""
+    """Return the classes [n] of the largest logits.
+
+    Args:
+        predictions: those of Trainer: logits [n, classes], or a tuple that starts with them.
+    """
     return _logits(predictions).argmax(axis=-1)
 
 
 def compute_metrics(eval_prediction: EvalPrediction, names: Sequence[str] = ("accuracy",)) -> dict[str, float]:
-    """Metrics for `Trainer(compute_metrics=...)`; bind other names with `functools.partial`.
+    """Compute metrics for `Trainer(compute_metrics=...)`; bind other names with `functools.partial`.
 
     Args:
         eval_prediction: logits [n, classes] (or a tuple that starts with them) and true classes [n], or class
@@ -167,6 +169,8 @@ def compute_metrics(eval_prediction: EvalPrediction, names: Sequence[str] = ("ac
     references = references.argmax(axis=-1) if references.ndim == 2 else references
     views: dict[str, Any] = {"classes": predicted_classes(logits), "logits": logits}
     if any(METRICS[name].takes == "probabilities" for name in names):
+        from scipy.special import softmax
+
         views["probabilities"] = softmax(logits.astype(np.float64), axis=-1)
     # Not `compute`, which would copy every logit into an arrow table first.
     return {name: METRICS[name].measure(views[METRICS[name].takes], references) for name in names}

@@ -29,7 +29,7 @@ FOLDER = "./usr/share/datasets/fashion-mnist"
 
 @dataclass
 class DataArguments:
-    """What to read and write."""
+    """Paths to read and write."""
 
     fashion_mnist_archive: str = field(metadata={"help": "the .deb that `apt-get download` fetches"})
     output_dir: str = field(metadata={"help": "folder of train.parquet and test.parquet"})

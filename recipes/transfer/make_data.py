@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 
 @dataclass
 class DigitsArguments:
-    """What to write."""
+    """Path to write."""
 
     output_dir: str = field(metadata={"help": "folder of train.parquet and test.parquet"})
     test_images: int = field(default=500, metadata={"help": "of 1,797 images, drawn evenly over the classes"})

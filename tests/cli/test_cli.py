@@ -110,7 +110,6 @@ def test_help_teaches(command, capsys):
     "arguments",
     [
         [],
-        ["prune"],
         ["inspect"],
         ["inspect", "a", "b"],
         ["export", "a", "b", "--format", "tflite"],
@@ -131,7 +130,9 @@ def test_wrong_usage_ends_with_2(arguments, capsys):
 def failure(arguments, capsys):
     """The one line on stderr of a command that fails."""
     capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 1
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
@@ -442,5 +443,4 @@ def test_evaluate_on_another_task_is_refused(folder, tmp_path, capsys):
 
 
 def test_evaluate_on_data_that_is_not_there(folder, tmp_path, capsys):
-    assert main(["evaluate", str(folder), "--dataset_name", str(tmp_path / "missing")]) == 1
-    assert "missing" in capsys.readouterr().err
+    assert "missing" in failure(["evaluate", folder, "--dataset_name", tmp_path / "missing"], capsys)

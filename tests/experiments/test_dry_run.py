@@ -7,8 +7,6 @@ data sets with the columns, splits and classes of the table's rows.
 import io
 import json
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Image
 from datasets.packaged_modules.parquet.parquet import Parquet
 from helpers.models import SWIN, TRANSFORMER, tiny_model
+from helpers.recipes import RECIPES, run_script
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 from transformers import (
@@ -33,7 +32,6 @@ from transformers import (
 from vpns_hf import VPNsTrainer, VPNsTrainingArguments
 from vpns_hf.data import TRANSFER_TASKS
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 TASKS = ("cifar10", "cifar100", "tiny_imagenet", "dtd", "flowers102", "stanford_cars", "oxford_pets", "food101")
 BACKBONES = {
     "timm/resnet18.tv_in1k": "resnet/resnet18_cifar100.yaml",
@@ -119,8 +117,7 @@ def dry_run(monkeypatch, capsys, tmp_path, cache, script, *flags):
     monkeypatch.setenv("COLUMNS", "200")
     output = tmp_path / "out"
     common = ("--dry_run", "true", "--cache_dir", cache, "--output_dir", output, "--bf16", "false", "--use_cpu")
-    monkeypatch.setattr(sys, "argv", [str(RECIPES / script), *map(str, (*common, *flags))])
-    runpy.run_path(str(RECIPES / script), run_name="__main__")
+    run_script(script, (*common, *flags))
     assert not output.exists()
     return capsys.readouterr().out
 

@@ -1,9 +1,7 @@
 """`recipes/transfer.py` from end to end on tiny data: masks found on one task, tuned on two others."""
 
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +10,17 @@ import torch
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from helpers.models import tiny_backbone
+from helpers.recipes import RECIPES, failure, run_script
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 import vpns_hf
 from vpns_hf import PromptedSparseModel
 from vpns_hf.experiments.results import Cell, read_results
+from vpns_hf.experiments.results import claim as claim_cell
 from vpns_hf.experiments.tables import transfer_markdown
 
-SCRIPT = Path(__file__).parents[2] / "recipes/transfer.py"
-TRANSFER = runpy.run_path(str(SCRIPT))
+SCRIPT = RECIPES / "transfer.py"
 
 
 def write_task(folder: Path, names: list[str], seed: int) -> None:
@@ -57,7 +56,7 @@ def folder(made, tmp_path):
     return tmp_path
 
 
-def run(folder, *flags, **settings):
+def run(folder, *flags, how=run_script, **settings):
     """Run the recipe in a folder and return its lines."""
     defaults = dict(
         model_name_or_path="./backbone",
@@ -88,11 +87,7 @@ def run(folder, *flags, **settings):
     )
     config = folder / "recipe.yaml"
     config.write_text(yaml.safe_dump(defaults | settings))
-    arguments, sys.argv = sys.argv, [str(SCRIPT), "--config", str(config), *flags]
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        sys.argv = arguments
+    how(SCRIPT.name, ["--config", config, *flags])
     lines = folder / "out/results.jsonl"
     return [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
 
@@ -205,7 +200,7 @@ def test_modes_and_a_mask_and_a_prompt_from_two_tasks(folder, keep_models):
     assert f"| vpns, prompt_only, with its prompt | {100 * lines[-1]['accuracy_prompted']:.2f} |" in table
 
 
-def test_killed_between_and_within_cells(folder, monkeypatch):
+def test_killed_between_and_within_cells(folder, monkeypatch, capsys):
     settings = dict(targets=["./left"], methods=["vpns", "dense"])
     whole = run(folder, **settings)
     shutil.rmtree(folder / "out")
@@ -220,7 +215,7 @@ def test_killed_between_and_within_cells(folder, monkeypatch):
     monkeypatch.setattr(vpns_hf.VPNsTrainer, "_keep", stop)
     # vpns: warm-up and search on the source, warm-up and tuning on the target; dense: the latter.
     for stop.after in (1, 2, 3, 4, 5):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             run(folder, **settings)
     stop.after = None
     assert timeless(run(folder, **settings)) == timeless(whole)
@@ -232,8 +227,7 @@ def test_killed_between_and_within_cells(folder, monkeypatch):
     assert timeless(run(folder, **settings)) == timeless(whole)
     assert not (folder / "out/subnetworks").exists()
 
-    with pytest.raises(SystemExit, match="cells of other settings"):
-        run(folder, "--learning_rate", "0.5", **settings)
+    assert "cells of other settings" in failure(lambda: run(folder, "--learning_rate", "0.5", **settings), capsys)
     run(folder, "--only_report", "true", "--methods", "vpns", **settings)
     assert "right" not in (folder / "out/results.md").read_text()
 
@@ -246,7 +240,7 @@ def test_another_launch_is_waited_for(folder, monkeypatch):
     found.rename(folder / "elsewhere")
     (folder / "out/results.jsonl").unlink()
     # Its process: holds the claim, then ends with the subnetwork in place.
-    claim = vpns_hf.comparison.claim(folder / "out", Cell("vpns", 0.8, 1, "source", "find"))
+    claim = claim_cell(folder / "out", Cell("vpns", 0.8, 1, "source", "find"))
     assert claim.__enter__()
     waited = []
 
@@ -260,7 +254,7 @@ def test_another_launch_is_waited_for(folder, monkeypatch):
     assert waited == [True]
 
 
-def test_a_shared_subnetwork_needs_no_source(folder, keep_models):
+def test_a_shared_subnetwork_needs_no_source(folder, keep_models, capsys):
     # Its head was pruned with it; the fresh heads of the targets are not.
     shared = PromptedSparseModel.from_backbone(str(folder / "backbone"), sparsity=0.75, prompt=None)
     shared.freeze_masks()
@@ -281,14 +275,11 @@ def test_a_shared_subnetwork_needs_no_source(folder, keep_models):
     table = (folder / "out/results.md").read_text()
     assert "**75% sparse**" in table
 
-    with pytest.raises(SystemExit, match=r"masks of vpns are found on a source task; name it with `--dataset_name`"):
-        run(folder, "--methods", "vpns", **settings | dict(output_dir="./other"))
-    with pytest.raises(SystemExit, match="has no prompt"):
-        run(
-            folder,
-            *("--subnetwork", str(folder / "shared"), "--modes", "full_source_prompt"),
-            **settings | dict(output_dir="./other"),
-        )
+    other = settings | dict(output_dir="./other")
+    line = failure(lambda: run(folder, "--methods", "vpns", **other), capsys)
+    assert "masks of vpns are found on a source task; name it with `--dataset_name`" in line
+    flags = ("--subnetwork", str(folder / "shared"), "--modes", "full_source_prompt")
+    assert "has no prompt" in failure(lambda: run(folder, *flags, **other), capsys)
 
 
 def test_the_source_keeps_the_head_of_the_backbone(folder, keep_models):
@@ -330,10 +321,9 @@ def test_the_source_keeps_the_head_of_the_backbone(folder, keep_models):
         (dict(eval_prompt="with"), "compared without the prompt"),
     ],
 )
-def test_wrong_settings_are_named(folder, settings, message):
+def test_wrong_settings_are_named(folder, settings, message, capsys):
     (folder / "out").mkdir()
-    with pytest.raises(SystemExit, match=message):
-        run(folder, **settings)
+    assert message in failure(lambda: run(folder, **settings), capsys)
     assert not list((folder / "out").iterdir())
 
 

@@ -4,9 +4,13 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
+from vpns_hf.cli import main
+
 RECIPES = Path(__file__).parents[2] / "recipes"
+PROGRAMS = {"prune_vit.py": "prune", "compare_methods.py": "compare", "transfer.py": "transfer"}
 
 
 def write(folder, **content):
@@ -15,8 +19,35 @@ def write(folder, **content):
     return path
 
 
-def run(task, *flags, script="prune_vit.py", **settings):
-    script = RECIPES / script
+def add_controls():
+    """The controls by name, added to the table of methods for the length of a test."""
+    return runpy.run_path(str(RECIPES / "comparison/controls.py"))["CONTROLS"]
+
+
+def run_script(script, arguments):
+    """Run a script as `python recipes/<script>` does."""
+    before, sys.argv = sys.argv, [str(RECIPES / script), *map(str, arguments)]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def run_command(script, arguments):
+    """Run the program of a script as `vpns-hf` does."""
+    assert main([PROGRAMS[script], *map(str, arguments)]) == 0
+
+
+def failure(run, capsys):
+    """The line on stderr with which a program ends that a user can put right."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run()
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def run(task, *flags, script="prune_vit.py", how=run_script, **settings):
     defaults = dict(
         model_name_or_path="./backbone",
         dataset_name="./data",
@@ -38,8 +69,4 @@ def run(task, *flags, script="prune_vit.py", **settings):
         use_cpu=True,
     )
     config = write(task, **defaults | settings)
-    arguments, sys.argv = sys.argv, [str(script), "--config", str(config), *flags]
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    finally:
-        sys.argv = arguments
+    how(script, ["--config", config, *flags])

@@ -6,29 +6,19 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from datasets import Dataset
 from huggingface_hub import snapshot_download
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from transformers import AutoImageProcessor, BaseImageProcessor, Trainer, TrainingArguments
-from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from ..data.batches import collate_images
-from ..data.loading import load_transfer_dataset
-from ..data.transforms import ImageTransforms, matching_image_processor
-from ..export.onnx import export_onnx
-from ..export.plain import export_plain
 from ..hub import PUBLISHED_FILES, clear_errors, push_folder
-from ..metrics import compute_metrics
 from ..model.modeling import PromptedSparseModel
-from ..report.tables import percent, terminal_table
-from .inspection import StoredSubnetwork, inspect_folder
+from .inspection import inspect_folder
+
+# Trainer, data sets, exports and tables load in the command that needs them, so that `--help` is quick.
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import BaseImageProcessor
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -41,18 +31,9 @@ def inspect(args: argparse.Namespace) -> None:
     if args.json:
         print(found.to_json())
         return
-    console = Console()
-    layers = [
-        (layer.name, f"{layer.kept:,}", f"{layer.total:,}", percent(layer.sparsity), f"{layer.bytes:,}", layer.coding)
-        for layer in found.layers
-    ]
-    if layers:
-        columns = ("weight", "kept", "total", "sparsity", "bytes", "mask")
-        console.print(terminal_table(columns, _printable(layers), None))
-    facts = Table.grid("name", "value", padding=(0, 2))
-    for name, value in _printable([(name, _in_words(value)) for name, value in _facts(found).items()]):
-        facts.add_row(escape(name), escape(value))
-    console.print(facts)
+    from .display import show_subnetwork
+
+    show_subnetwork(found)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -65,6 +46,8 @@ def export(args: argparse.Namespace) -> None:
     the image; where that is not so, export says it and stops, unless --without_prompt leaves the prompt out. Logits
     are compared with those of the model before anything is written.
     """
+    from ..export import export_onnx, export_plain
+
     folder = _folder(args)
     model = PromptedSparseModel.from_pretrained(folder)
     if args.format == "onnx":
@@ -105,9 +88,10 @@ def evaluate(args: argparse.Namespace) -> None:
     `accelerate launch -m vpns_hf.cli evaluate ...`. Splits that the data set does not have are carved from its
     training split, the same images every time.
     """
+    from ..data import load_transfer_dataset
+
     folder = _folder(args)
     model = PromptedSparseModel.from_pretrained(folder)
-    processor = matching_image_processor(_image_processor(folder), *model.config.geometry)
     splits = load_transfer_dataset(
         args.dataset_name,
         name=args.dataset_config_name,
@@ -118,12 +102,37 @@ def evaluate(args: argparse.Namespace) -> None:
         token=args.token,
     )
     images = _with_labels_of(model, splits[args.split])
+    accuracies = _accuracies(model, _image_processor(folder), images, args.batch_size)
+    if accuracies is None:
+        return
+    if args.json:
+        facts = {"dataset": str(args.dataset_name), "split": args.split, "images": len(images), **accuracies}
+        print(json.dumps(facts, indent=2))
+        return
+    from .display import show_accuracies
+
+    show_accuracies(f"{args.dataset_name}, {args.split}", len(images), accuracies.values())
+
+
+def _accuracies(
+    model: PromptedSparseModel, processor: BaseImageProcessor | None, images: Dataset, batch_size: int
+) -> dict[str, float | None] | None:
+    """Measure the accuracy without and with the prompt; None on all processes but the main one."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    from ..data import ImageTransforms, collate_images, matching_image_processor
+    from ..metrics import compute_metrics
+
+    processor = matching_image_processor(processor, *model.config.geometry)
+    transforms = ImageTransforms(processor, *model.config.geometry)
+    accuracies: dict[str, float | None] = {"accuracy": None, "accuracy_prompted": None}
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
                 scratch,
-                per_device_eval_batch_size=args.batch_size,
+                per_device_eval_batch_size=batch_size,
                 remove_unused_columns=False,
                 dataloader_pin_memory=torch.cuda.is_available(),
                 disable_tqdm=not sys.stderr.isatty(),
@@ -132,26 +141,12 @@ def evaluate(args: argparse.Namespace) -> None:
             data_collator=collate_images,
             compute_metrics=compute_metrics,
         )
-        accuracies: dict[str, float | None] = {"accuracy": None, "accuracy_prompted": None}
         for name, use_prompt in (("accuracy", False), ("accuracy_prompted", True)):
             if use_prompt and model.prompt is None:
                 continue
             model.config.use_prompt = use_prompt
-            dataset = images.with_transform(ImageTransforms(processor, *model.config.geometry).eval)
-            accuracies[name] = trainer.predict(dataset).metrics["test_accuracy"]
-    if not trainer.is_world_process_zero():
-        return
-    facts = {"dataset": str(args.dataset_name), "split": args.split, "images": len(images), **accuracies}
-    if args.json:
-        print(json.dumps(facts, indent=2))
-        return
-    row = (
-        f"{facts['dataset']}, {args.split}",
-        f"{len(images):,}",
-        percent(accuracies["accuracy"]),
-        percent(accuracies["accuracy_prompted"]),
-    )
-    Console().print(terminal_table(("data", "images", "accuracy", "accuracy with prompt"), _printable([row]), None))
+            accuracies[name] = trainer.predict(images.with_transform(transforms.eval)).metrics["test_accuracy"]
+    return accuracies if trainer.is_world_process_zero() else None
 
 
 def _folder(args: argparse.Namespace) -> Path:
@@ -167,6 +162,9 @@ def _folder(args: argparse.Namespace) -> Path:
 
 
 def _image_processor(folder: Path) -> BaseImageProcessor | None:
+    from transformers import AutoImageProcessor
+    from transformers.utils import IMAGE_PROCESSOR_NAME
+
     return AutoImageProcessor.from_pretrained(folder) if (folder / IMAGE_PROCESSOR_NAME).is_file() else None
 
 
@@ -187,30 +185,3 @@ def _with_labels_of(model: PromptedSparseModel, images: Dataset) -> Dataset:
             file=sys.stderr,
         )
     return images
-
-
-def _facts(found: StoredSubnetwork) -> dict[str, Any]:
-    """What is shown below the table of weights."""
-    return {
-        "backbone": found.backbone,
-        "state": found.state,
-        "classes": found.num_labels,
-        "label mapping": found.label_mapping,
-        "sparsity": f"{percent(found.sparsity)} ({found.kept:,} of {found.total:,} weights kept)",
-        "prompt": found.prompt and {name: value for name, value in found.prompt.items() if value is not None},
-        **{name: f"{size:,} bytes" for name, size in found.files.items()},
-        **found.provenance,
-    }
-
-
-def _in_words(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {each}" for name, each in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return "none" if value is None else str(value)
-
-
-def _printable(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Without the control characters by which a file of others could steer the terminal."""
-    return [tuple("".join(c if c.isprintable() else "?" for c in cell) for cell in row) for row in rows]

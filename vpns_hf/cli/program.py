@@ -1,49 +1,63 @@
-"""The `vpns-hf` command: look into a subnetwork, export, publish and evaluate it."""
+"""The `vpns-hf` command: prune, compare and transfer; look into, evaluate, export and publish what was pruned."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ..version import __version__
 from .commands import evaluate, export, inspect, push
+from .errors import exit_in_one_sentence
+
+# Programs with the arguments of a recipe, each `main` of a module of `vpns_hf.experiments`, by their summary.
+EXPERIMENTS = {
+    "prune": "prune a backbone for a task, with references, figures and a model card",
+    "compare": "compare pruning methods on one backbone and data set",
+    "transfer": "find subnetworks on one task and tune them on others",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: what follows `vpns-hf`; None: `sys.argv[1:]`.
+        arguments: the command line after `vpns-hf`; None: `sys.argv[1:]`.
 
     Returns:
-        The exit code: 0, or 1 where the work failed, with the reason in one sentence on stderr.
+        The exit code 0.
 
     Raises:
-        SystemExit: 2 for wrong usage, 0 for `--help` and `--version`.
+        SystemExit: 2 for wrong usage and expected errors, after one sentence on stderr; 130 for Ctrl-C; 0 for
+            `--help` and `--version`.
     """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in EXPERIMENTS:
+        name, *flags = arguments
+        with exit_in_one_sentence(f"vpns-hf {name}"):
+            import_module(f"vpns_hf.experiments.{name}").main(flags)
+        return 0
     parsed = _parser().parse_args(arguments)
-    logging.disable_progress_bar()  # those of loading weights; evaluation keeps its own
-    try:
+    logging.disable_progress_bar()  # of loading weights; evaluation keeps its own
+    with exit_in_one_sentence(f"vpns-hf {parsed.command}"):
         parsed.run(parsed)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        print(f"vpns-hf {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vpns-hf",
-        description="Look into, export, publish and evaluate models that vpns_hf has pruned.",
-        epilog="Exit codes: 0 done, 1 the work failed, 2 wrong usage. `vpns-hf COMMAND --help` explains a command.",
+        description="Prune vision models with masks and prompts; inspect, evaluate, export and publish the result.",
+        epilog="Exit codes: 0 done, 2 an error, explained in a sentence. `vpns-hf COMMAND --help` explains a command.",
     )
     parser.add_argument("--version", action="version", version=f"vpns-hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in EXPERIMENTS.items():
+        commands.add_parser(name, help=summary)
 
     command = _add(commands, inspect, "vpns-hf inspect me/vit-cifar100-vpns-90")
     _add_model(command)
@@ -98,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(commands: Any, run: Callable[[argparse.Namespace], None], *examples: str) -> argparse.ArgumentParser:
-    """A subcommand whose help is the docstring of the function that runs it."""
+    """Add a subcommand whose help is the docstring of the function that runs it."""
     summary, _, details = (run.__doc__ or "").partition("\n\n")
     text = "\n".join(line.removeprefix("    ") for line in f"{summary}\n\n{details}".splitlines())
     command = commands.add_parser(
@@ -123,7 +137,3 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,6 @@ import logging
 from math import ceil
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from .corrupt import CORRUPT_IMAGES
 from .splits import Part, listed
@@ -48,6 +47,8 @@ def carve(parts: dict[str, Part], name: str, fraction: float, seed: int) -> dict
             f"for {num_classes} classes (the smallest is '{smallest}' with {counts[counts > 0].min()}): change "
             f"validation_fraction (now {fraction}) or name a split with {name}_split."
         )
+    from sklearn.model_selection import train_test_split
+
     kept, carved = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed)
     return {**parts, "train": train.select(kept), name: train.select(carved)}
 

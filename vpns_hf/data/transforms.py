@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from torchvision.transforms import v2
-from transformers import BaseImageProcessor, TimmWrapperImageProcessor, ViTImageProcessor
+from transformers import BaseImageProcessor, ViTImageProcessor
 
 from .images import RGB_IMAGE, CorruptImageError, to_rgb
 from .splits import SplitView, StoredRows
@@ -236,7 +237,8 @@ def matching_image_processor(
         image_size: (height, width) in pixels.
         mean, std: normalisation, one value a channel.
     """
-    if processor is not None and not isinstance(processor, TimmWrapperImageProcessor):
+    # Looked up here: importing timm with this module would double the time that the trainer takes to import.
+    if processor is not None and not isinstance(processor, transformers.TimmWrapperImageProcessor):
         sample = PILImage.new("RGB", (image_size[1] + 1, image_size[0] + 1))
         if tuple(processor(sample, return_tensors="pt")["pixel_values"].shape[-2:]) == tuple(image_size):
             return processor

@@ -1,29 +1,14 @@
-"""Parse the arguments of an experiment from a YAML file and command-line flags."""
+"""Arguments of an experiment, as dataclasses whose fields are the keys of a recipe and the flags."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
-import logging
-import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import yaml
-from transformers import HfArgumentParser
-
-from ..data.tasks import TRANSFER_TASKS
-from ..training.arguments import VPNsTrainingArguments
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
 class ModelArguments:
-    """Which backbone is pruned, and how it is wrapped; see [`PromptedSparseModel.from_backbone`]."""
+    """Arguments of the backbone and its wrapping; see [`PromptedSparseModel.from_backbone`]."""
 
     model_name_or_path: str = field(
         metadata={"help": "Hub id or local folder of an image classifier (transformers or timm)."}
@@ -31,7 +16,7 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the backbone."})
     token: str | None = field(default=None, metadata={"help": "Hub token; the one of `hf auth login` when not given."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are cached."})
-    scope: str = field(default="global", metadata={"help": "What is ranked together: global, layer or erk."})
+    scope: str = field(default="global", metadata={"help": "Ranking of weights: global, layer or erk."})
     prompt: str | None = field(
         default="pad", metadata={"help": "Visual prompt: pad, fixed, random, expand, stripe, lowrank, or none."}
     )
@@ -50,7 +35,7 @@ class ModelArguments:
         default=False, metadata={"help": "With a label mapping, keep all source classes in the head."}
     )
     new_head: bool | None = field(
-        default=None, metadata={"help": "Create the head anew; when not given, only if the label count differs."}
+        default=None, metadata={"help": "Initialise a new head; when not given, only if the label count differs."}
     )
     ignore_modules: list[str] = field(default_factory=list, metadata={"help": "Modules that are never pruned."})
     image_size: int | None = field(
@@ -64,7 +49,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which data set the subnetwork is for; see [`load_transfer_dataset`]."""
+    """Arguments of the data set; see [`load_transfer_dataset`]."""
 
     dataset_name: str = field(
         metadata={
@@ -99,14 +84,14 @@ class DataArguments:
     )
     stream_images: int | None = field(
         default=None,
-        metadata={"help": "Training images to fetch from a stream in place of the whole download; for short runs."},
+        metadata={"help": "Training images to fetch from a stream instead of the whole download; for short runs."},
     )
     check_duplicates: bool = field(
         default=False, metadata={"help": "Report images that are in more than one split before the run starts."}
     )
     augmentation: str = field(
         default="paper",
-        metadata={"help": "Of plain training images: paper, randaugment, trivialaugment or none."},
+        metadata={"help": "Augmentation of plain training images: paper, randaugment, trivialaugment or none."},
     )
     cache_images: bool = field(
         default=False,
@@ -122,7 +107,7 @@ class DataArguments:
 
 @dataclass
 class DryRunArguments:
-    """Base of what a recipe adds to the arguments of model, data and training."""
+    """Base of a program's own arguments, beside those of model, data and training."""
 
     dry_run: bool = field(
         default=False,
@@ -130,125 +115,33 @@ class DryRunArguments:
     )
 
 
-def parse_recipe(
-    argument_classes: Sequence[type], arguments: Iterable[str] | None = None, default_config: Path | None = None
-) -> tuple[Any, ...]:
-    """Read `[--config file.yaml] [--flag value]` into dataclasses.
+@dataclass
+class PruneArguments(DryRunArguments):
+    """Arguments of `prune` beside those of model, data and training."""
 
-    In the YAML file a string, also one in a list, that starts with `./` or `../` is a path relative to the file. Batch
-    size and learning rates that neither the file nor a flag gives are those of the data set's row, see
-    [`apply_task_settings`].
+    references: list[str] = field(
+        default_factory=lambda: ["dense"],
+        metadata={
+            "help": "Methods to run as well, for the table: 'dense' is the dense model tuned for as many optimizer "
+            "steps, 'vpns_zero_prompt' is the same loop without a prompt; 'none' runs none."
+        },
+    )
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Licence of the pruned model, as the Hub spells it; by default the backbone's own."},
+    )
 
-    Args:
-        argument_classes: dataclasses, whose fields are the valid keys and flags.
-        arguments: the command line; None: `sys.argv[1:]`.
-        default_config: the YAML file used when no `--config` is given.
-
-    Returns:
-        One instance of each class.
-
-    Raises:
-        ValueError: an unknown key or flag (names the nearest valid one), a value that does not fit, an unreadable
-            file.
-    """
-    rest = list(sys.argv[1:] if arguments is None else arguments)
-    config = default_config
-    if "--config" in rest:
-        position = rest.index("--config")
-        if position + 1 == len(rest):
-            raise ValueError("`--config` needs the path of a YAML file.")
-        config = Path(rest[position + 1])
-        del rest[position : position + 2]
-    parser = HfArgumentParser(argument_classes, description="Flags win over the YAML file given by --config.")
-    if config is not None:
-        values = _read_yaml(config)
-        _check_names(values, argument_classes, f"{config}: unknown key")
-        for action in parser._actions:
-            action.required = action.required and action.dest not in values
-        parser.set_defaults(**values)
-    *parsed, unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
-    _check_names([flag.lstrip("-") for flag in unknown], argument_classes, "unknown argument")
-    data_args = next((each for each in parsed if isinstance(each, DataArguments)), None)
-    args = next((each for each in parsed if isinstance(each, VPNsTrainingArguments)), None)
-    if data_args is not None and args is not None:
-        given = _given_flags(argument_classes, rest) | (set() if config is None else set(values))
-        apply_task_settings(data_args, args, given)
-    return tuple(parsed)
+    def __post_init__(self) -> None:
+        if self.references == ["none"]:
+            self.references = []
 
 
-def _given_flags(argument_classes: Sequence[type], flags: Sequence[str]) -> set[str]:
-    """The names of the arguments that are on the command line."""
-    parser = HfArgumentParser(argument_classes)
-    for action in parser._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-    return set(vars(parser.parse_known_args(flags)[0]))
-
-
-def apply_task_settings(data_args: DataArguments, args: VPNsTrainingArguments, given: Collection[str]) -> None:
-    """Train on a data set of `TRANSFER_TASKS` as the paper did, wherever nothing else was asked for.
-
-    Sets batch size, optimizers and learning rates in `args`, and the metrics that the data set is measured by. A
-    learning rate of the table goes with its optimizer, so it is left alone where another optimizer was asked for. The
-    batch size of the table is that of an optimizer step: every process gets its part of it for each accumulation step.
-
-    Args:
-        data_args: names the data set; other data sets than those of the table change nothing, and rows without
-            runs of the paper the metrics alone.
-        args: changed in place.
-        given: names of the arguments that were asked for, which stay as they are.
+def check_sparsities(sparsities: Iterable[float]) -> None:
+    """Raise unless every sparsity is a fraction.
 
     Raises:
-        ValueError: the batch size cannot be shared out over processes and accumulation steps.
+        ValueError: one is not in [0, 1).
     """
-    task = TRANSFER_TASKS.get(data_args.dataset_name)
-    if task is not None and "metrics" not in given:
-        args.metrics = list(task.metrics[1:]) or None
-    if task is None or task.paper is None:
-        return
-    taken: dict[str, Any] = {}
-    for settings in (task.paper.search_arguments(), task.paper.tune_arguments()):
-        optimizer = next(iter(settings))
-        if optimizer not in given or getattr(args, optimizer) == settings[optimizer]:
-            taken |= {name: value for name, value in settings.items() if name not in given}
-    if "per_device_train_batch_size" not in given:
-        batches = args.gradient_accumulation_steps * args.world_size * max(1, args.n_gpu)
-        if task.paper.batch_size % batches:
-            raise ValueError(
-                f"The batch size of {data_args.dataset_name} is {task.paper.batch_size}, which {batches} batches a "
-                "step (accumulation steps x processes) cannot share out equally; set `per_device_train_batch_size`."
-            )
-        taken["per_device_train_batch_size"] = task.paper.batch_size // batches
-    for name, value in taken.items():
-        setattr(args, name, value)
-    settings_taken = ", ".join(f"{name} {value}" for name, value in taken.items())
-    logger.info("Settings of the paper for %s: %s.", data_args.dataset_name, settings_taken or "none")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"The recipe {path} cannot be read ({error.strerror}); pass `--config` with the path of a YAML file."
-        ) from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `key: value` lines, one for each argument.")
-    return {key: _resolve(value, path.parent) for key, value in content.items()}
-
-
-def _resolve(value: Any, folder: Path) -> Any:
-    if isinstance(value, list):
-        return [_resolve(entry, folder) for entry in value]
-    is_relative = isinstance(value, str) and value.startswith(("./", "../"))
-    return str((folder / value).resolve()) if is_relative else value
-
-
-def _check_names(names: Iterable[str], argument_classes: Sequence[type], complaint: str) -> None:
-    valid = [entry.name for cls in argument_classes for entry in dataclasses.fields(cls) if entry.init]
-    for name in names:
-        if name not in valid:
-            nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else "; `--help` lists the valid ones."
-            raise ValueError(f"{complaint} {name!r}{hint}")
+    for sparsity in sparsities:
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"`sparsities` has {sparsity}; expected fractions in [0, 1), such as 0.9 for 90 %.")

@@ -1,4 +1,4 @@
-"""What runs would do: model, data and arguments are built, and nothing is trained."""
+"""Print the plans of runs: build model, data and arguments, and train nothing."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .experiment import Experiment
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run that a recipe would make.
+    """A run that an experiment would make.
 
     Args:
-        name: shown in front of its stages.
+        name: title of its table of stages.
         experiment: backbone and data.
-        args: of the run.
-        prepare: as of [`Experiment.trainer`].
+        args: arguments of the run.
+        prepare: function that changes the model, as of [`Experiment.trainer`].
     """
 
     name: str
@@ -33,7 +33,7 @@ class PlannedRun:
     prepare: Callable[[PromptedSparseModel], None] | None = None
 
     def trainer(self) -> VPNsTrainer:
-        """The trainer of the run, which writes nothing and makes no repository."""
+        """Build the trainer of the run, which writes nothing and creates no repository."""
         args = copy.copy(self.args)
         args.push_to_hub = False
         with tempfile.TemporaryDirectory() as args.output_dir:
@@ -41,10 +41,10 @@ class PlannedRun:
 
 
 def dry_run(runs: Iterable[PlannedRun]) -> None:
-    """Build every run and print what it is: facts once for each experiment, stages for each run.
+    """Build every run and print its stages, and the facts of each experiment before its first run.
 
     Args:
-        runs: runs of one experiment must follow each other.
+        runs: planned runs; those of one experiment must follow each other.
     """
     console, shown = Console(), None
     for run in runs:

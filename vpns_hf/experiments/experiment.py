@@ -34,11 +34,15 @@ def _report_duplicates(splits: TransferSplits, num_proc: int | None) -> None:
 
 
 class Experiment:
-    """What the runs of a recipe share: backbone, data and image transforms.
+    """Backbone, data and image transforms that the runs of an experiment share.
 
     Args:
-        model_args, data_args: the parsed arguments.
+        model_args, data_args: arguments of backbone and data.
         args: arguments of training; those of a run are passed to [`~Experiment.trainer`].
+
+    Raises:
+        ValueError: the data do not fit the arguments.
+        OSError: the data cannot be read.
     """
 
     def __init__(self, model_args: ModelArguments, data_args: DataArguments, args: VPNsTrainingArguments):
@@ -80,11 +84,14 @@ class Experiment:
     def trainer(
         self, args: VPNsTrainingArguments, prepare: Callable[[PromptedSparseModel], None] | None = None
     ) -> VPNsTrainer:
-        """A trainer of the freshly wrapped backbone; prompted batches are not augmented, unless asked for.
+        """Wrap the pretrained backbone and build its trainer; prompted batches are augmented only on request.
 
         Args:
-            args: of the run.
-            prepare: changes the model before the trainer is made, as loading a subnetwork does.
+            args: arguments of the run.
+            prepare: function that changes the model before the trainer is built, such as loading a subnetwork.
+
+        Raises:
+            ValueError: backbone, data and method do not fit each other.
         """
         set_seed(args.seed)
         processor = find_image_processor(self.model_args.model_name_or_path, self.hub)
@@ -112,8 +119,8 @@ class Experiment:
         return self.splits.view("train", self.transforms.train)
 
     def eval_split(self, name: str) -> SplitView:
-        """A split as it is evaluated; known once a trainer was made."""
-        # The test split is read once, so that copies of it would cost more than they save.
+        """Return a split with the transforms of evaluation; only after [`~Experiment.trainer`], which sets these."""
+        # The test split is read once, so copies of it would cost more than they save.
         if self.data_args.cache_images and name != "test":
             split, rows = self.splits[name], self.splits.rows[name]
             return self.transforms.cached_eval_view(split, rows, self.data_args.preprocessing_num_workers)
@@ -127,7 +134,7 @@ class Experiment:
             "new_head": wanted.new_head,
         }
         if needed := get_method(args.method).backbone:
-            # What a method needs of the head takes the place of what the recipe says of it.
+            # A method's own needs override the recipe's choice of head.
             head = {"new_head": None, **needed}
         return PromptedSparseModel.from_backbone(
             wanted.model_name_or_path,

@@ -19,7 +19,7 @@ from ..report.tables import percent
 from .results import DENSE, CellResult
 from .tables import comparable, methods_of, percentage, standard_deviation
 
-# Okabe and Ito's colours without yellow, which is too light for lines on white, and with a dark grey for black.
+# Okabe and Ito's colours, without yellow, which is too light for lines on white, and with dark grey for black.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#404040")
 # Their number and that of the colours have no common divisor, so all their pairs differ.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p")
@@ -53,7 +53,7 @@ class _Curve:
 def plot_comparison(
     results: Sequence[CellResult], path: str | os.PathLike[str], controls: Collection[str] = ()
 ) -> None:
-    """Save the picture of [`comparison_figure`], which has the same arguments and errors, as a PNG.
+    """Save [`comparison_figure`] as a PNG, with the same arguments and errors.
 
     Folders of `path` are created, and an older file is replaced.
     """
@@ -61,7 +61,7 @@ def plot_comparison(
 
 
 def comparison_figure(results: Sequence[CellResult], controls: Collection[str] = ()) -> Figure:
-    """Test accuracy without the prompt against sparsity, one line a method, for up to 63 methods.
+    """Plot test accuracy without the prompt against sparsity, one line a method, for up to 63 methods.
 
     Bars are sample standard deviations over the seeds; points of one sparsity are drawn side by side. The reference
     `"dense"` is a horizontal line with a band. Sparsities are spaced by the logarithm of the share of weights that is
@@ -141,7 +141,7 @@ def _scale_sparsity(axes: Axes, sparsities: Sequence[float]) -> None:
 
 
 def _scale_accuracy(axes: Axes, curves: Sequence[_Curve]) -> None:
-    """Show all bars; matplotlib does not count what is drawn side by side."""
+    """Show all bars; matplotlib ignores shifted points when it scales an axis."""
     ranges = [pair for curve in curves for pair in zip(curve.means, curve.spreads, strict=True)]
     lowest = min((mean - spread for mean, spread in ranges), default=0)
     highest = max((mean + spread for mean, spread in ranges), default=1)
@@ -179,6 +179,6 @@ def _add_legend(figure: Figure, axes: Axes, curves: Sequence[_Curve]) -> None:
 
 
 def _reference_sparsity(curves: Sequence[_Curve]) -> float:
-    """The highest of the sparsities that most methods have run."""
+    """Return the highest of the sparsities that most methods have run."""
     uses = Counter(sparsity for curve in curves for sparsity in curve.sparsities)
     return max(uses, key=lambda sparsity: (uses[sparsity], sparsity), default=0.0)

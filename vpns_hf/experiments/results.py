@@ -1,4 +1,4 @@
-"""Store results of a comparison, one line per cell, safe for several writers."""
+"""Store the results of cells, one line of JSON each, safely for several writers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison.
+    """A run of a comparison or transfer.
 
     Args:
         method: name of the pruning method; `"dense"` is the reference.
         sparsity: fraction of the prunable weights to remove; 0 for the reference.
-        seed: of the new head, the order of the data and everything else that is drawn.
-        task: the task that the mask was transferred to; None where masks are found on the task itself.
-        mode: what was trained on it under the mask; None as there.
+        seed: seed of the new head, the order of the data and every other random draw.
+        task: target task of a transferred mask; None where masks are found on the task itself.
+        mode: name of the way to train on the target task; None as for `task`.
     """
 
     method: str
@@ -43,7 +43,7 @@ class Cell:
 
 
 def row_name(method: str, mode: str | None) -> str:
-    """Name of a row in tables: the method, and the mode unless that is `"full"`."""
+    """Return the name of a row in tables: the method, and the mode unless it is `"full"`."""
     return method if mode in (None, FULL) else f"{method}, {mode}"
 
 
@@ -60,27 +60,27 @@ _AMOUNTS = (
 
 @dataclass(frozen=True)
 class CellResult:
-    """What one run has shown and what it cost.
+    """Accuracy and cost of one run.
 
     Args:
-        method, sparsity, seed: the cell; the sparsity is the one asked for.
+        method, sparsity, seed: the cell; the sparsity is the target.
         accuracy: test accuracy without the prompt, in [0, 1].
         accuracy_prompted: test accuracy with the prompt, in [0, 1]; None where there is none.
         validation_accuracy: in [0, 1]; None where it was not measured.
-        measured_sparsity: fraction of the prunable weights that were removed.
+        measured_sparsity: fraction of the prunable weights that are zero by the mask.
         steps: optimizer steps, without those of the warm-up of a new head.
         warm_up_steps: optimizer steps of that warm-up.
-        images: training images seen.
-        forward_images, backward_images: images that went forward and backward through the backbone, for training and
-            for scoring.
-        seconds: of training and scoring, without evaluation.
+        images: number of training images seen.
+        forward_images, backward_images: numbers of images that passed forward and backward through the backbone, for
+            training and scoring.
+        seconds: duration of training and scoring, without evaluation.
         trained_weights: number of weights trained in the last stage.
-        splits: which split chose what.
+        splits: choices, such as that of the checkpoint, and the split that each was made on.
         settings: short digest of everything that must be equal for two results to be comparable.
-        task, mode: of the cell.
+        task, mode: the cell.
         mask_steps: optimizer steps that found the mask on the source task, without its warm-up; None where the mask
             was found on the task itself or is a shared one.
-        metrics: the other metrics of the test split without the prompt, by name, as fractions.
+        metrics: further metrics of the test split without the prompt, by name, as fractions.
 
     Raises:
         ValueError: a number is out of its range.
@@ -115,7 +115,7 @@ class CellResult:
 
     @property
     def cell(self) -> Cell:
-        """Which run this is."""
+        """The run that this is the result of."""
         return Cell(self.method, self.sparsity, self.seed, self.task, self.mode)
 
     @property
@@ -124,18 +124,18 @@ class CellResult:
         return row_name(self.method, self.mode)
 
     def to_line(self) -> str:
-        """One line of JSON, without a newline at its end."""
+        """Return one line of JSON, without a newline at its end."""
         return json.dumps(asdict(self), allow_nan=False)
 
     @classmethod
     def from_line(cls, line: str) -> CellResult:
-        """The result that [`to_line`] wrote.
+        """Parse a line of [`~CellResult.to_line`].
 
         Args:
-            line: one JSON object with all fields.
+            line: JSON object with all fields.
 
         Raises:
-            ValueError: the line is none.
+            ValueError: the line is no result.
         """
         try:
             return cls(**json.loads(line))
@@ -149,18 +149,18 @@ def check_range(name: str, value: float | None, most: float) -> None:
         raise ValueError(f"`{name}` is {value}; expected a number from 0 to {most}.")
 
 
-# Ends a line that a kill cut off, so that it is not taken for a damaged one.
+# Ends a line that a kill truncated, which would otherwise count as damaged.
 _CUT_OFF = "# cut off"
 
 
 def read_results(path: str | os.PathLike[str]) -> list[CellResult]:
-    """The results of a file, one JSON line each.
+    """Read the results of a file, one JSON line each.
 
-    A line that was cut off by a kill is skipped with a warning: its cell counts as not run. Of two results of one cell
-    with the same settings the first counts.
+    A line that a kill truncated is skipped with a warning: its cell counts as not run. Of two results of one cell with
+    the same settings the first counts.
 
     Args:
-        path: the file; a missing one holds no results.
+        path: file; a missing one holds no results.
 
     Raises:
         ValueError: a whole line is no result.
@@ -184,11 +184,11 @@ def read_results(path: str | os.PathLike[str]) -> list[CellResult]:
 
 
 def append_result(path: str | os.PathLike[str], result: CellResult) -> None:
-    """Append one line to the file of results, whole or not at all as far as other processes of this machine can see.
+    """Append one line to the file of results atomically, as other processes of this machine see it.
 
     Args:
-        path: the file; it is made if missing, with the folders it needs.
-        result: what to write.
+        path: file, created with its folders if missing.
+        result: result of a cell.
 
     Raises:
         OSError: the line could not be written whole, as on a full disk.
@@ -197,7 +197,7 @@ def append_result(path: str | os.PathLike[str], result: CellResult) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        # The half of a line that another process is writing would look cut off.
+        # Half of a line that another process is writing would look truncated.
         with FileLock(f"{path}.lock"):
             line = f"{_end_cut_off_line(file)}{result.to_line()}\n".encode()
             written = os.write(file, line)
@@ -209,7 +209,7 @@ def append_result(path: str | os.PathLike[str], result: CellResult) -> None:
 
 
 def _end_cut_off_line(file: int) -> str:
-    """What to write before a new line: nothing, unless the file ends within a line."""
+    """Return the text that ends a truncated last line; empty unless the file ends within a line."""
     if not (size := os.fstat(file).st_size):
         return ""
     os.lseek(file, size - 1, os.SEEK_SET)
@@ -226,14 +226,14 @@ def distinct_results(results: Iterable[CellResult]) -> list[CellResult]:
 
 @contextmanager
 def claim(folder: str | os.PathLike[str], cell: Cell) -> Iterator[bool]:
-    """Claim a cell for the length of a `with` block, so that no other process that asks runs it as well.
+    """Claim a cell for the length of a `with` block, so that no other process that claims cells runs it as well.
 
     The operating system releases the claim of a process that ends in any way. Another process may have finished the
     cell just before it was claimed, so read the results again once the claim is won.
 
     Args:
-        folder: where the lock files are, one a cell; it is made if missing.
-        cell: what to run.
+        folder: folder of the lock files, one a cell, created if missing.
+        cell: cell to run.
 
     Returns:
         Whether the claim was won.

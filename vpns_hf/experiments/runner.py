@@ -1,4 +1,4 @@
-"""Runs the cells of a comparison: each one once, by whichever launch claims it, and one line of results a cell."""
+"""Run cells: each once, by whichever launch claims it, with one line of results a cell."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ..training.trainer import VPNsTrainer
 from .experiment import Experiment
 from .results import Cell, CellResult, append_result, claim, read_results
 
-# Seconds between two looks at what another launch is working on.
+# Seconds between two checks of another launch.
 _PATIENCE = 5.0
-# They describe a cell, a machine or what is printed, not the setting that cells must share.
+# Arguments of a cell, a machine or the output, not settings that cells must share.
 _NOT_A_SETTING = (
     *("method", "sparsity", "seed", "methods", "sparsities", "seeds", "modes", "targets"),
     *("only_report", "dry_run", "reference", "paper_numbers"),
@@ -32,10 +32,10 @@ _NOT_A_SETTING = (
 
 
 class CellRunner(ABC):
-    """Base: says which cells are done, claims the others and keeps their lines in `results.jsonl`.
+    """Base class: claim and run the cells that have no line in `results.jsonl` yet, and append theirs.
 
     Args:
-        folder: where lines, claims and unfinished cells are.
+        folder: folder of lines, claims and unfinished cells.
     """
 
     def __init__(self, folder: Path):
@@ -44,14 +44,14 @@ class CellRunner(ABC):
 
     @abstractmethod
     def settings(self, cell: Cell) -> str:
-        """Digest of what all cells of the cell's task must share (see [`settings_digest`])."""
+        """Return the digest of the settings that all cells of the cell's task share (see [`settings_digest`])."""
 
     @abstractmethod
     def run_cell(self, cell: Cell) -> CellResult:
-        """Train one cell, in [`~CellRunner.cell_folder`], and measure it."""
+        """Train one cell, in [`~CellRunner.cell_folder`], and evaluate it."""
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Run the cells that are not there yet and that no other launch is running."""
+        """Run the cells that have no line yet and that no other launch is running."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for index, cell in enumerate(cells):
             with self.turn(cell) as is_ours:
@@ -60,7 +60,7 @@ class CellRunner(ABC):
 
     @contextmanager
     def turn(self, cell: Cell) -> Iterator[bool]:
-        """Whether this launch runs the cell: decided by its main process, for all of its processes."""
+        """Claim a cell for a `with` block; yield whether this launch runs it, as its main process decides."""
         main_process = PartialState().is_main_process
         with claim(self.folder, cell) if main_process else nullcontext(False) as is_ours:
             # Every process reads, so that all of them meet an error. Another launch may have finished the cell.
@@ -68,7 +68,7 @@ class CellRunner(ABC):
             yield broadcast_object_list([is_ours and not is_done])[0]
 
     def is_done(self, cell: Cell) -> bool:
-        """Whether the cell has its line.
+        """Return whether the cell has its line.
 
         Raises:
             ValueError: there are lines of its task that were measured with other settings.
@@ -84,28 +84,28 @@ class CellRunner(ABC):
         return any(result.cell == cell for result in lines)
 
     def wait(self) -> None:
-        """Let another launch go on with what this one needs."""
+        """Sleep while another launch finds what this one needs."""
         time.sleep(_PATIENCE)
 
     def _finish(self, result: CellResult, place: str) -> None:
-        """Keep the line of a cell, and only then drop its folder."""
+        """Append the line of a cell, and only then remove its folder."""
         if PartialState().is_main_process:
             append_result(self.results, result)
             shutil.rmtree(self.cell_folder(result.cell))
             print(f"{place} {result.cell}: accuracy {result.accuracy:.2%}, {result.seconds:.0f} s", flush=True)
 
     def cell_folder(self, cell: Cell) -> Path:
-        """Where the cell keeps its checkpoints until it is done."""
-        # Half a cell of other settings must not be gone on with.
+        """Return the folder of the cell's checkpoints, which exists until the cell is done."""
+        # A cell of other settings must not be resumed.
         parts = (cell.method, f"{cell.sparsity:g}", cell.seed, cell.task, cell.mode, self.settings(cell))
         name = "-".join(str(part) for part in parts if part is not None)
         return self.folder / "cells" / name.replace("/", "--").replace(":", "-")
 
     def train(self, trainer: VPNsTrainer) -> Any:
-        """Run or go on with the stages of a cell and return its validation data."""
+        """Run or resume the stages of a cell and return its validation data."""
         validation = trainer.eval_dataset
         if trainer.args.eval_strategy == "no":
-            # Nor after every stage: a method in rounds has many.
+            # Not after every stage either: a method in rounds has many.
             trainer.eval_dataset = None
         trainer.train(resume_from_checkpoint=True)
         return validation
@@ -113,7 +113,7 @@ class CellRunner(ABC):
     def measure(
         self, cell: Cell, trainer: VPNsTrainer, experiment: Experiment, validation: Any, mask_steps: int | None = None
     ) -> CellResult:
-        """The line of a trained cell; its test split is evaluated here, once."""
+        """Evaluate a trained cell on the test split, once, and return its line."""
         test = trainer.evaluate(experiment.eval_split("test"), metric_key_prefix="test")
         stages = trainer.finished_stages
         costs = [stage.cost for stage in stages]
@@ -147,30 +147,30 @@ class CellRunner(ABC):
 
 
 def changed_fields(arguments: Any) -> dict[str, Any]:
-    """The fields of a dataclass of arguments that are settings and not at their default."""
+    """Return the fields of a dataclass of arguments that are settings and differ from their default."""
     changed = {
         entry.name: value
         for entry in fields(arguments)
         for value in [getattr(arguments, entry.name)]
         if entry.init and entry.name not in _NOT_A_SETTING and value != entry.default
     }
-    # Wherever the files lie.
+    # By name, wherever the files are.
     paths = ("model_name_or_path", "dataset_name")
     return changed | {name: Path(changed[name]).name for name in paths if name in changed}
 
 
 def settings_digest(experiment: Experiment, **further: Any) -> str:
-    """A short name of everything that cells must share: arguments that are not at their default, and the data.
+    """Return a short digest of the settings that cells must share: arguments that differ from their default, and data.
 
     Args:
         experiment: backbone, data and arguments of training.
-        further: other settings by name; None is as if it was not there.
+        further: further settings by name; None counts as absent.
     """
     settings: dict[str, Any] = {"images": {name: split.num_rows for name, split in experiment.splits.items()}}
     for group in (experiment.model_args, experiment.data_args, experiment.args):
         settings |= changed_fields(group)
     settings |= {name: value for name, value in further.items() if value is not None}
     if (processes := PartialState().num_processes) > 1:
-        # They share the batch size.
+        # Processes share the batch size.
         settings["processes"] = processes
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -13,7 +13,7 @@ from .results import DENSE, CellResult, check_range, distinct_results
 
 
 def comparable(results: Iterable[CellResult]) -> list[CellResult]:
-    """The results, each cell once.
+    """Return the results, each cell once.
 
     Raises:
         ValueError: they were measured with different settings.
@@ -25,12 +25,12 @@ def comparable(results: Iterable[CellResult]) -> list[CellResult]:
 
 
 def methods_of(results: Iterable[CellResult]) -> list[str]:
-    """Rows in order of first appearance, without the reference."""
+    """Return the rows in order of first appearance, without the reference."""
     return [row for row in dict.fromkeys(result.row for result in results) if row != DENSE]
 
 
 def _select(results: Iterable[CellResult], method: str, sparsity: float) -> list[CellResult]:
-    """All seeds of a row at one sparsity; the reference stands for every sparsity."""
+    """Return all seeds of a row at one sparsity; the reference stands for every sparsity."""
     return [
         result
         for result in results
@@ -39,13 +39,13 @@ def _select(results: Iterable[CellResult], method: str, sparsity: float) -> list
 
 
 def standard_deviation(values: Sequence[float]) -> float | None:
-    """Sample standard deviation; a single value shows none."""
+    """Return the sample standard deviation, None for a single value."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How far a method is ahead of a baseline at one sparsity, over the seeds that both have run.
+    """Lead of a method over a baseline at one sparsity, over the seeds that both have run.
 
     Args:
         method, baseline: the accuracy of the baseline is subtracted from that of the method.
@@ -64,7 +64,7 @@ class PairedDifference:
 
 
 def paired_differences(results: Sequence[CellResult], method: str, baseline: str) -> list[PairedDifference]:
-    """Differences of test accuracy without the prompt, seed by seed, for each sparsity that both have run.
+    """Compute differences of test accuracy without the prompt, seed by seed, for each sparsity that both have run.
 
     Runs of the same seed share the initial head and the order of the data, so their difference varies less than the
     accuracies do.
@@ -95,7 +95,7 @@ def _seed_differences(results: Sequence[CellResult], method: str, baseline: str,
 
 @dataclass(frozen=True)
 class _Row:
-    """A method at one sparsity, and what of the rest of its table it is compared with."""
+    """A method at one sparsity, with the reference runs and the number of seeds of its table."""
 
     method: str
     runs: list[CellResult]
@@ -192,7 +192,7 @@ def comparison_table(
     sparsities: Sequence[float] | None = None,
     paper: Paper | None = None,
 ) -> Group:
-    """The tables of [`comparison_markdown`] for the terminal, with the same arguments and errors."""
+    """Format the tables of [`comparison_markdown`] for the terminal, with the same arguments and errors."""
     blocks = _blocks(results, methods, sparsities, paper or {})
     tables = [terminal_table(block.columns, block.rows, block.title) for block in blocks]
     for table in tables:
@@ -207,12 +207,12 @@ def comparison_markdown(
     sparsities: Sequence[float] | None = None,
     paper: Paper | None = None,
 ) -> str:
-    """One table a sparsity in Markdown, each with a line above it, and without a newline at the end.
+    """Format one Markdown table a sparsity, each with a line above it, without a newline at the end.
 
     Rows are methods, below the reference `"dense"`. Accuracies are means over the seeds and sample standard deviations
     in percent; the number of seeds is given where it is not the largest of the table. The difference to dense is that
     of the mean accuracies without the prompt, in percentage points. Costs are means; steps do not count the warm-up of
-    a new head. What was not run or has no such number is shown as an en dash. The columns for accuracies with the
+    a new head. Missing runs and numbers are shown as an en dash. The columns for accuracies with the
     prompt and of the papers are left out where they would be empty, as is that for the measured sparsity where it is
     the one asked for.
 
@@ -234,7 +234,7 @@ def summary_markdown(
     methods: Sequence[str] | None = None,
     sparsities: Sequence[float] | None = None,
 ) -> str:
-    """One table in Markdown of the accuracies alone: a row a method, a column a sparsity.
+    """Format the accuracies alone as one Markdown table: a row a method, a column a sparsity.
 
     Arguments and errors as of [`comparison_markdown`].
     """
@@ -249,7 +249,7 @@ def summary_markdown(
 
 
 def differences_markdown(results: Sequence[CellResult], pairs: Sequence[tuple[str, str]]) -> str:
-    """A table in Markdown of differences between two methods in percentage points, paired by seed.
+    """Format differences between two methods, paired by seed, as a Markdown table in percentage points.
 
     Args:
         results: of one setting.
@@ -275,11 +275,11 @@ def transfer_markdown(
     rows: Sequence[str] | None = None,
     sparsities: Sequence[float] | None = None,
 ) -> str:
-    """One table a sparsity in Markdown of masks tuned on other tasks: a row a method and mode, a column a task.
+    """Format masks tuned on other tasks as one Markdown table a sparsity: a row a method and mode, a column a task.
 
     Accuracies are means over the seeds and sample standard deviations in percent, without the prompt. A row whose runs
     have a prompt is followed by one that was evaluated with it. The last column is the mean over the tasks of the
-    difference to `"dense"`, in percentage points; it needs both on every task. What was not run is an en dash.
+    difference to `"dense"`, in percentage points; it needs both on every task. Missing runs are shown as an en dash.
 
     Args:
         results: of one setting for each task.
@@ -302,7 +302,7 @@ def transfer_markdown(
 
 
 def _transfer_lines(row: str, blocks: Sequence[Mapping[str, list[CellResult]]]) -> Iterator[tuple[str, ...]]:
-    """The row of the table, and the one evaluated with the prompt where there is a prompt."""
+    """Yield the row of the table, and the row evaluated with the prompt where there is one."""
     plain = [[run.accuracy for run in block[row]] for block in blocks]
     prompted = [[run.accuracy_prompted for run in block[row] if run.accuracy_prompted is not None] for block in blocks]
     dense = [[run.accuracy for run in block[DENSE]] for block in blocks]

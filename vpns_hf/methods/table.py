@@ -16,7 +16,6 @@ from .mask_schedules import (
     Unmasked,
 )
 from .preparations import Preparation, RecalibrateBatchNorm, Reconstruct, Rewind, Select
-from .prompt_noise import PromptNoise
 from .stage import Method, RoleSettings, Rounds, Stage
 
 SCORES = frozenset({"scores", "head"})
@@ -72,11 +71,6 @@ METHODS: dict[str, Method] = {
     "hydra_sgd": Method(
         "HYDRA with the optimizer it was published with: scores by SGD at 0.1 (arXiv 2002.10509).",
         (WARM_UP, replace(SEARCH, settings={"scores": RoleSettings("sgd", 0.1, "cosine")}), TUNE),
-    ),
-    "hydra_augmented": Method(
-        "Control: HYDRA on augmented batches alone, as it was published.",
-        _hydra(batches="augmented"),
-        is_control=True,
     ),
     "bip": Method(
         "Bi-level pruning: weights and scores are stepped in turn, scores with the implicit gradient (arXiv "
@@ -206,56 +200,10 @@ METHODS: dict[str, Method] = {
         uses_prompt=True,
         needs_pruned=True,
     ),
-    # Controls
+    # Control
     "vpns_zero_prompt": Method(
         "Control: the loop of VPNs with the prompt held at zero, that is, without it.",
         _hydra(batches="mixed"),
-        is_control=True,
-    ),
-    "vpns_noise_prompt": Method(
-        "Control: the loop of VPNs with noise in place of the learned prompt, on the same pixels.",
-        _hydra(batches="prompted", callbacks=(PromptNoise,)),
-        uses_prompt=True,
-        is_control=True,
-    ),
-    "vpns_augmented_prompt": Method(
-        "Control: VPNs with prompted batches augmented, like plain ones.",
-        _vpns(batches="prompted_augmented"),
-        uses_prompt=True,
-        is_control=True,
-    ),
-    "vpns_sliced_head": Method(
-        "VPNs with the pretrained head, of which the rows of the mapped classes are kept.",
-        _vpns(),
-        uses_prompt=True,
-        backbone={"label_mapping": "frequency", "keep_source_head": False},
-        is_control=True,
-    ),
-    "vpns_source_head": Method(
-        "Control: VPNs with the whole pretrained head, of which the mapped classes are read, as in the released code.",
-        _vpns(),
-        uses_prompt=True,
-        backbone={"label_mapping": "frequency", "keep_source_head": True},
-        is_control=True,
-    ),
-    "prompt_only": Method(
-        "Train a prompt alone on the model as it is pruned; BatchNorm statistics stay.",
-        (PROMPT_ALONE,),
-        uses_prompt=True,
-        needs_pruned=True,
-        is_control=True,
-    ),
-    "prompt_only_recalibrated": Method(
-        "Train a prompt alone on the model as it is pruned, after recalibrating BatchNorm statistics.",
-        (replace(PROMPT_ALONE, before=(RecalibrateBatchNorm(),)),),
-        uses_prompt=True,
-        needs_pruned=True,
-        is_control=True,
-    ),
-    "recalibrate_only": Method(
-        "Control: recalibrate BatchNorm statistics of the model as it is pruned, and train nothing.",
-        (Stage("recalibrate", frozenset(), "tune", (RecalibrateBatchNorm(),)),),
-        needs_pruned=True,
         is_control=True,
     ),
 }

@@ -22,7 +22,7 @@ def plot_confusion(
     names: Sequence[str],
     path: str | os.PathLike[str],
 ) -> None:
-    """Save the picture of [`confusion_figure`], which has the same arguments and errors, as a PNG.
+    """Save [`confusion_figure`] as a PNG, with the same arguments and errors.
 
     Folders of `path` are created, and an older file is replaced.
     """
@@ -32,17 +32,17 @@ def plot_confusion(
 def confusion_figure(
     labels: Sequence[int] | np.ndarray, predicted: Sequence[int] | np.ndarray, names: Sequence[str]
 ) -> Figure:
-    """Which classes are taken for which: rows are true classes, columns predicted ones, cells numbers of images.
+    """Plot the confusion matrix: rows are true classes, columns predicted ones, cells numbers of images.
 
     The shade is the share of the true class, so that classes of any size can be compared.
 
     Args:
         labels: true classes [n].
         predicted: predicted classes [n].
-        names: of all classes, at most 20.
+        names: names of all classes, at most 20.
 
     Raises:
-        ValueError: there are more.
+        ValueError: there are more than 20 classes.
     """
     count = len(names)
     if count > MAX_CONFUSION_CLASSES:

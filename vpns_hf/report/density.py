@@ -21,7 +21,7 @@ _SHORTEST_LINEAR_BAR = 0.05
 
 
 def plot_density(report: SparsityReport, path: str | os.PathLike[str]) -> None:
-    """Save the picture of [`density_figure`], which has the same arguments, as a PNG.
+    """Save [`density_figure`] as a PNG, with the same arguments.
 
     Folders of `path` are created, and an older file is replaced.
     """
@@ -29,7 +29,7 @@ def plot_density(report: SparsityReport, path: str | os.PathLike[str]) -> None:
 
 
 def density_figure(report: SparsityReport) -> Figure:
-    """Share of weights kept in each layer, as horizontal bars in network order, in percent.
+    """Plot the share of weights kept in each layer as horizontal bars in network order, in percent.
 
     The shade changes from block to block. Up to 40 layers are named one by one, more are named by block. The axis is
     logarithmic where a bar would be too short to see. A layer without any weight left is marked by a cross.
@@ -55,7 +55,7 @@ def density_figure(report: SparsityReport) -> Figure:
 
 
 def _block_runs(report: SparsityReport) -> Iterator[tuple[str, list[int]]]:
-    """Neighbouring layers of one block: the block's name and the layers' positions."""
+    """Yield runs of neighbouring layers of one block: the block's name and the layers' positions."""
     for name, run in groupby(enumerate(report.layers), key=lambda item: block_name(item[1].name)):
         yield name, [index for index, _ in run]
 
@@ -109,7 +109,7 @@ def _name_blocks(axes: Axes, report: SparsityReport, apart: float) -> None:
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Names without the parts that tell nothing: `vit.layers.0.attention.q_proj.weight` becomes `layers.0.q_proj`.
+    """Shorten names to distinctive parts: `vit.layers.0.attention.q_proj.weight` becomes `layers.0.q_proj`.
 
     Kept are numbers, the word before a number and the last part, or the last two parts where there is no number. Names
     that would then be the same keep all their parts but those in front that most names share and `weight` at the end.

@@ -1,4 +1,4 @@
-"""What a run has shown, as a model card for the Hub, filled into `card_templates/template.md`."""
+"""Render the results of a run as a model card for the Hub, from `card_templates/template.md`."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ TEMPLATE = "template.md"
 
 @dataclass(frozen=True)
 class SubnetworkCard:
-    """Everything that the card of a subnetwork says; nothing is said that is not given here.
+    """Facts of the model card of a subnetwork; the card states no others.
 
     Args:
         title: heading of the card.
-        repo_id: where the code on the card loads the model from: `user/name`, or a folder.
+        repo_id: repository or folder that the code on the card loads the model from.
         base_model: Hub id or name of the backbone.
-        base_model_is_on_hub: whether `base_model` is a Hub id, and belongs in the metadata.
+        base_model_is_on_hub: True if `base_model` is a Hub id, which belongs in the metadata.
         dataset: name of the data set.
-        dataset_id: its Hub id, if it has one.
-        split: the split that the results were measured on.
-        images: how many images it has.
-        method: one sentence on how the mask was found.
+        dataset_id: Hub id of the data set, or None.
+        split: split that the results were measured on.
+        images: number of images of the split.
+        method: description of the method, one sentence.
         results: rows of the table of results; the last one is this model.
-        sparsity: what is kept, layer by layer.
-        stages: how the run trained.
+        sparsity: kept weights, layer by layer.
+        stages: settings of each stage.
         settings: further settings by name, such as seed and batch size.
-        uses_prompt: whether the published model adds its prompt by default.
-        has_prompt: whether it has one.
+        uses_prompt: True if the published model adds its prompt by default.
+        has_prompt: True if it has a prompt.
         figures: paths of pictures within the repository, by their captions.
         license: identifier of the licence, as the Hub spells it; None leaves it out.
-        version: of this library, when the model was made.
+        version: version of this library that the model was trained with.
     """
 
     title: str
@@ -65,12 +65,12 @@ class SubnetworkCard:
     version: str = __version__
 
     def to_json(self) -> str:
-        """All facts as a JSON object, from which the card can be rendered again."""
+        """Return all facts as a JSON object, which [`~SubnetworkCard.from_json`] reads."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The facts that [`~SubnetworkCard.to_json`] gave."""
+        """Parse the facts of [`~SubnetworkCard.to_json`]."""
         facts = json.loads(text)
         report = facts["sparsity"]
         report["layers"] = tuple(LayerSparsity(**layer) for layer in report["layers"])
@@ -83,7 +83,7 @@ class SubnetworkCard:
         return cls(**facts)
 
     def metadata(self) -> ModelCardData:
-        """The YAML block of the card; accuracies are those of the last result."""
+        """Return the YAML block of the card, with the accuracy of the last result."""
         result = self.results[-1]
         accuracy = result.accuracy
         if self.uses_prompt and result.accuracy_prompted is not None:
@@ -111,7 +111,7 @@ class SubnetworkCard:
         )
 
     def render(self) -> ModelCard:
-        """The card as text with metadata."""
+        """Render the card with its metadata."""
         blocks = [
             (name, f"{block.kept:,}", f"{block.total:,}", percent(block.sparsity))
             for name, block in self.sparsity.blocks().items()
@@ -135,9 +135,9 @@ class SubnetworkCard:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the card, or renew what an earlier one says in a file that people have edited.
+        """Write the card, or update an earlier one that people may have edited.
 
-        The text outside the marked part stays, and so do metadata that this card does not give.
+        Text outside the marked part stays, and so do metadata that this card does not set.
         """
         path, card = Path(path), self.render()
         if path.is_file():

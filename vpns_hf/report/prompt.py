@@ -21,7 +21,7 @@ from .style import save_figure
 def plot_prompt(
     model: PromptedSparseModel, image: Tensor, path: str | os.PathLike[str], title: str | None = None
 ) -> None:
-    """Save the picture of [`prompt_figure`], which has the same arguments and errors, as a PNG.
+    """Save [`prompt_figure`] as a PNG, with the same arguments and errors.
 
     Folders of `path` are created, and an older file is replaced.
     """
@@ -30,7 +30,7 @@ def plot_prompt(
 
 @torch.no_grad()
 def prompt_figure(model: PromptedSparseModel, image: Tensor, title: str | None = None) -> Figure:
-    """An image, the prompt that is added to it, and what the model sees.
+    """Plot an image, the prompt that is added to it, and the prompted image.
 
     The image is shown as the prompt places it. The prompt is shown around mid-grey, which stands for no change:
     brighter and darker than that, in every colour channel, is what it adds and takes away.

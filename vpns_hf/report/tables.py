@@ -15,7 +15,7 @@ MISSING = "–"  # noqa: RUF001
 
 
 def percent(fraction: float | None) -> str:
-    """A percentage with two digits that only says 0 or 100 where it is exactly that."""
+    """Format a percentage with two digits, rounded to 0 or 100 only where it is exactly that."""
     if fraction is None:
         return MISSING
     if 0 < fraction < 0.00005:
@@ -24,7 +24,7 @@ def percent(fraction: float | None) -> str:
 
 
 def _file_size(size: int | None) -> str:
-    """Bytes in decimal units, as the Hub shows them."""
+    """Format bytes in decimal units, as the Hub shows them."""
     if size is None:
         return MISSING
     if size < 1000:
@@ -41,11 +41,11 @@ class Result:
     """One row of the table of results.
 
     Args:
-        name: what was measured, such as "dense fine-tuned".
+        name: name of the model, such as "dense after tuning".
         sparsity: fraction of the prunable weights that are masked.
         accuracy: accuracy without the prompt, in [0, 1].
         accuracy_prompted: accuracy with the prompt, in [0, 1]; None where there is none.
-        steps: optimizer steps that led to it.
+        steps: number of optimizer steps that trained it.
         file_bytes: size of the saved weights; None if they were not saved.
     """
 
@@ -83,30 +83,30 @@ def _result_rows(results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
 
 
 def results_table(results: Sequence[Result], title: str | None = "Results") -> Table:
-    """Results for the terminal, one row each.
+    """Format results for the terminal, one row each.
 
     Args:
-        results: in the order to show. The share of dense accuracy is `accuracy` (without the prompt) divided by that
-            of the first row whose sparsity is 0. Missing values are shown as an en dash.
-        title: above the table; None for no title.
+        results: rows in order. The share of dense accuracy is `accuracy` (without the prompt) divided by that of the
+            first row whose sparsity is 0. Missing values are shown as an en dash.
+        title: line above the table; None for no title.
     """
     return terminal_table(_RESULT_COLUMNS, _result_rows(results), title)
 
 
 def results_markdown(results: Sequence[Result]) -> str:
-    """The same table in Markdown, without a title and without a newline at its end."""
+    """Format the table of [`results_table`] in Markdown, without a title and without a newline at its end."""
     return markdown_table(_RESULT_COLUMNS, _result_rows(results))
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """A table in Markdown whose first columns are text and the others numbers, without a newline at its end."""
+    """Format a Markdown table whose first columns are text and the others numbers, without a newline at its end."""
     cells = [columns, *(tuple(cell.replace("|", r"\|") for cell in row) for row in rows)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "---|" * text_columns + "---:|" * (len(columns) - text_columns), *lines[1:]])
 
 
 def terminal_table(columns: Sequence[str], rows: Iterable[tuple[str, ...]], title: str | None) -> Table:
-    """A table for the terminal whose first column is text and the others numbers."""
+    """Format a table for the terminal whose first column is text and the others numbers."""
     rows = list(rows)
     words = [word for row in rows for word in row[0].split()]
     table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
@@ -119,10 +119,10 @@ def terminal_table(columns: Sequence[str], rows: Iterable[tuple[str, ...]], titl
 
 
 def blocks_table(report: SparsityReport) -> Table:
-    """Sparsity of every block for the terminal, and of all of them in the last row.
+    """Format the sparsity of every block for the terminal, and of all blocks in the last row.
 
     Args:
-        report: its blocks are shown under their own names, which `ignore_modules` understands. The share of
+        report: sparsity of each layer; blocks have the names that `ignore_modules` takes. The share of
             multiply-accumulates is an en dash where they were not counted.
     """
     columns = ("block", "sparsity", "weights kept", "weights", "MACs kept")

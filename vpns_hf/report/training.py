@@ -21,7 +21,7 @@ Logs = Sequence[Mapping[str, float]]
 def plot_training(
     stages: Mapping[str, Logs], path: str | os.PathLike[str], dense: Mapping[str, float] | None = None
 ) -> None:
-    """Save the picture of [`training_figure`], which has the same arguments, as a PNG.
+    """Save [`training_figure`] as a PNG, with the same arguments.
 
     Folders of `path` are created, and an older file is replaced.
     """
@@ -29,12 +29,12 @@ def plot_training(
 
 
 def training_figure(stages: Mapping[str, Logs], dense: Mapping[str, float] | None = None) -> Figure:
-    """Validation accuracy, training loss and mask changes over the optimizer steps of all stages, one after the other.
+    """Plot validation accuracy, training loss and mask changes over the optimizer steps of all stages in sequence.
 
     Args:
         stages: `log_history` of each stage's `TrainerState` by its name, in order; each counts its steps from 0. Read
-            are `step`, `eval_accuracy`, `eval_accuracy_prompted`, `loss`, `sparsity` and `mask_flips`. What was not
-            logged is left out.
+            are `step`, `eval_accuracy`, `eval_accuracy_prompted`, `loss`, `sparsity` and `mask_flips`; a series that
+            was not logged is left out.
         dense: accuracies in [0, 1] to compare with by their names, drawn as grey lines.
     """
     regions = _regions(stages)

@@ -1,0 +1,57 @@
+"""Time of `import vpns_hf` against that of torch and transformers, each in a process of its own, in turns.
+
+    python benchmarks/import_time.py [--repeats 9]
+
+The reference is `import torch, transformers` with `PreTrainedModel` and `AutoModelForImageClassification`, which
+anybody pays who loads a model. The same again with the trainer: `vpns_hf.VPNsTrainer` against `transformers.Trainer`.
+Files are in the disk cache, from one round that does not count. Seconds are medians, ratios those of each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+
+from common import ratio_cells, time_in_turns, write_table
+
+MODEL = "import torch, transformers; transformers.PreTrainedModel, transformers.AutoModelForImageClassification"
+TRAINER = f"{MODEL}; transformers.Trainer, transformers.TrainingArguments"
+PROGRAMS = {
+    "transformers": MODEL,
+    "vpns_hf": f"{MODEL}; import vpns_hf",
+    "transformers, with Trainer": TRAINER,
+    "vpns_hf, with VPNsTrainer": f"{TRAINER}; import vpns_hf; vpns_hf.VPNsTrainer, vpns_hf.VPNsTrainingArguments",
+}
+REFERENCES = {
+    "vpns_hf": ("transformers", "1.15"),
+    "vpns_hf, with VPNsTrainer": ("transformers, with Trainer", ""),
+}
+
+
+def main() -> None:
+    """Start the programs in turns and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    samples = time_in_turns({name: lambda code=code: start(code) for name, code in PROGRAMS.items()}, args.repeats)
+    rows = [
+        (
+            name,
+            f"{statistics.median(seconds):.2f}",
+            *(ratio_cells(seconds, samples[REFERENCES[name][0]]) if name in REFERENCES else ("", "")),
+            REFERENCES.get(name, ("", ""))[1],
+        )
+        for name, seconds in samples.items()
+    ]
+    write_table("import_time", __doc__ or "", ("imported", "seconds", "ratio", "rounds", "target"), rows)
+
+
+def start(program: str) -> None:
+    """Run a program in a fresh interpreter."""
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""`recipes/comparison/controls.py`: methods that are added to the table from outside of the package."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.methods import SPARSITY, build, run
+from helpers.recipes import RECIPES, add_controls
+from helpers.states import assert_same_state
+from helpers.training import Images, StopAt, fresh, history, make_trainer
+from transformers import TrainerCallback
+
+from vpns_hf.masking import kept_count
+from vpns_hf.methods import METHODS, get_method
+
+PRUNING = ["hydra_augmented", "vpns_noise_prompt", "vpns_augmented_prompt", "vpns_sliced_head", "vpns_source_head"]
+
+
+@pytest.fixture(autouse=True)
+def controls():
+    return add_controls()
+
+
+def test_the_package_knows_one_control_and_the_file_adds_the_others(controls):
+    program = "from vpns_hf.methods import METHODS; print(*(name for name in METHODS if METHODS[name].is_control))"
+    known = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert known == ["vpns_zero_prompt"]
+    added = [name for name, method in METHODS.items() if method.is_control and name != "vpns_zero_prompt"]
+    assert added == list(controls)
+    assert {name for name, method in controls.items() if not method.needs_pruned} == set(PRUNING)
+
+
+@pytest.mark.parametrize("method", PRUNING)
+def test_every_control_ends_with_exact_counts_and_zeros(method, tmp_path):
+    model = run(tmp_path, method).model
+    assert model.config.state == "frozen"
+    masks, weights = model.masks(), model.prunable_weights()
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in masks.values()) == kept_count(total, SPARSITY)
+    assert all((weights[name][~mask] == 0).all() for name, mask in masks.items())
+
+
+def test_noise_prompt_is_drawn_anew_with_the_size_asked_for(tmp_path):
+    drawn = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if not args.output_dir.endswith("warm_up"):
+                drawn.append(torch.cat([p.detach().flatten() for p in model.prompt.parameters()]))
+
+    run(tmp_path, "vpns_noise_prompt", callbacks=[Watch()], prompt_noise=0.25)
+    assert all(float(noise.std()) == pytest.approx(0.25, rel=0.15) for noise in drawn)
+    assert all(not torch.equal(one, other) for one, other in itertools.pairwise(drawn))
+
+
+def test_augmented_prompt_shows_prompted_batches_augmented(tmp_path):
+    for method, expected in (("vpns", False), ("vpns_augmented_prompt", True)):
+        trainer = make_trainer(tmp_path / method, build(method), method=method)
+        trainer.stage = trainer.stages[-1]
+        views = {
+            batch["use_prompt"]: trainer.train_dataset.images.unsqueeze(1)
+            .sub(batch["pixel_values"])
+            .flatten(2)
+            .norm(dim=2)
+            for batch in trainer.get_train_dataloader()
+        }
+        assert bool((views[True].amin(0) > 0).all()) is expected
+        assert (views[False].amin(0) > 0).all()
+
+
+def test_controls_that_need_another_head_say_so(tmp_path):
+    with pytest.raises(ValueError, match="label_mapping='frequency', keep_source_head=True"):
+        make_trainer(tmp_path, fresh(), method="vpns_source_head")
+
+
+def test_augmented_hydra_sees_augmented_images_alone(tmp_path):
+    """Also with `mix_unaugmented`, which shows HYDRA the batches of VPNs."""
+    clean = Images(augment=False).images
+    trainer = make_trainer(tmp_path, build("hydra_augmented"), method="hydra_augmented", mix_unaugmented=True)
+    trainer.stage = trainer.stages[-1]
+    shown = torch.cat([batch["pixel_values"] for batch in trainer.get_train_dataloader()])
+    assert len(shown) == 16
+    assert not (shown.unsqueeze(1) == clean).flatten(2).all(2).any()
+
+
+def test_resume_of_a_noise_prompt_equals_the_uninterrupted_run(tmp_path):
+    method = "vpns_noise_prompt"
+    settings = dict(method=method, save_strategy="steps", save_steps=2, total_max_steps=14, head_warm_up_epochs=0.5)
+    whole = make_trainer(tmp_path / "whole", build(method), **settings)
+    whole.train()
+    stopped = make_trainer(tmp_path / "stopped", build(method), callbacks=[StopAt("search", 3)], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    torch.manual_seed(123)
+    resumed = make_trainer(tmp_path / "stopped", build(method), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_state(resumed.model, whole.model)
+    assert history(tmp_path / "stopped") == history(tmp_path / "whole")
+
+
+def test_prompt_alone_on_a_pruned_network(tmp_path):
+    """Only the prompt moves, BatchNorm statistics included; recalibrating changes them and nothing else."""
+    pruned = run(tmp_path / "omp", "omp", build("omp", "resnet")).model
+    before = {name: tensor.clone() for name, tensor in pruned.backbone_state().items()}
+    run(tmp_path / "prompt", "prompt_only", pruned)
+    after = pruned.backbone_state()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert max(float(parameter.detach().abs().max()) for parameter in pruned.prompt.parameters()) > 0
+
+    run(tmp_path / "recalibrated", "prompt_only_recalibrated", pruned)
+    after = pruned.backbone_state()
+    changed = {name.rsplit(".", 1)[-1] for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert changed == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def test_recalibration_equals_the_statistics_of_the_images(tmp_path):
+    model = run(tmp_path / "omp", "omp", build("omp", "resnet")).model
+    trainer = run(tmp_path / "again", "recalibrate_only", model, calibration_images_per_class=1)
+    images = torch.cat([batch["pixel_values"] for batch in trainer.calibration_batches()])
+    norm = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    inputs = []
+    with torch.no_grad(), norm.register_forward_pre_hook(lambda module, args: inputs.append(args[0])):
+        model.eval()(images)
+    assert torch.allclose(norm.running_mean, inputs[0].mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(norm.running_var, inputs[0].var((0, 2, 3)), rtol=1e-5)
+
+
+def test_recalibration_after_a_prompt_was_trained_on_the_same_model(tmp_path):
+    pruned = run(tmp_path / "omp", "omp", build("omp", "resnet")).model
+    run(tmp_path / "prompt", "prompt_only", pruned)
+    run(tmp_path / "recalibrated", "recalibrate_only", pruned)
+    norms = [module for module in pruned.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert all(norm.running_mean.abs().max() > 0 for norm in norms)
+
+
+@pytest.mark.parametrize("method", ["prompt_only", "prompt_only_recalibrated", "recalibrate_only"])
+def test_methods_for_pruned_models_refuse_others(method, tmp_path):
+    with pytest.raises(ValueError, match="needs a model that is pruned already"):
+        make_trainer(tmp_path, fresh(), method=method)
+
+
+def test_a_prompt_alone_finds_no_mask():
+    with pytest.raises(ValueError, match="finds no mask of its own"):
+        get_method("prompt_only:mask")
+
+
+def test_the_recipes_readme_names_every_control(controls):
+    text = (RECIPES / "comparison/README.md").read_text(encoding="utf-8")
+    assert {name for name in controls if f"`{name}`" not in text} == set()
