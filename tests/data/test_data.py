@@ -79,10 +79,11 @@ class TestLoading:
         assert splits["train"].features["label"].names == ["x", "y"]
 
     def test_string_labels_are_numbered_over_all_splits_together(self):
-        raw = DatasetDict(train=in_memory(["pear", "fig"]), validation=in_memory(["apple"]), test=in_memory(["pear"]))
+        rows = {"train": ["pear", "fig", "apple"], "validation": ["apple"], "test": ["pear"]}
+        raw = DatasetDict({name: in_memory(labels) for name, labels in rows.items()})
         splits = load_transfer_dataset(raw)
         assert all(split.features["label"].names == ["apple", "fig", "pear"] for split in splits.values())
-        assert [splits[name]["label"][:] for name in ("train", "validation", "test")] == [[2, 1], [0], [2]]
+        assert [splits[name]["label"][:] for name in ("train", "validation", "test")] == [[2, 1, 0], [0], [2]]
 
     def test_whole_numbers_keep_their_order(self):
         raw = {name: in_memory(list(range(12)), Value("int32")) for name in ("train", "validation", "test")}
@@ -92,12 +93,12 @@ class TestLoading:
 
     def test_class_labels_that_differ_between_splits_are_made_one(self):
         raw = DatasetDict(
-            train=in_memory([0, 1], ClassLabel(names=["b", "a"])),
+            train=in_memory([0, 1, 2], ClassLabel(names=["b", "a", "c"])),
             validation=in_memory([0], ClassLabel(names=["c"])),
             test=in_memory([0], ClassLabel(names=["a"])),
         )
         splits = load_transfer_dataset(raw)
-        assert [splits[name]["label"][:] for name in splits] == [[1, 0], [2], [0]]
+        assert [splits[name]["label"][:] for name in splits] == [[1, 0, 2], [2], [0]]
 
     @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "1"])
     def test_every_image_comes_out_rgb(self, tmp_path, mode):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from datasets import ClassLabel, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image
 
 from .images import RGB_IMAGE
 from .splits import Part, listed
+
+logger = logging.getLogger(__name__)
 
 
 def require_columns(part: Part, hints: Mapping[str, str]) -> None:
@@ -53,34 +57,113 @@ def _find_column(features: Features, kind: type, usual_names: Sequence[str], wha
 
 
 def encode_labels(parts: dict[str, Part]) -> dict[str, Part]:
-    """The parts with one and the same `ClassLabel` for their labels."""
+    """Encode the labels of all parts with one and the same `ClassLabel`.
+
+    Raises:
+        ValueError: if images have no label, a label is none of the declared classes, or class names are hardly
+            distinct.
+    """
     labels = {ours: part.data["label"][:] for ours, part in parts.items()}
-    for ours, values in labels.items():
-        unlabelled = sum(value is None or value == -1 for value in values)
-        if unlabelled or not values:
-            raise ValueError(
-                f"The split '{parts[ours].stored.split}' has no labels for {unlabelled} of its {len(values)} images: "
-                f"choose a labelled one with {ours}_split or remove the images without a label."
-            )
-    features = {ours: part.data.features["label"] for ours, part in parts.items()}
-    if isinstance(features["train"], ClassLabel) and all(each == features["train"] for each in features.values()):
+    for ours, part in parts.items():
+        _check_labels(labels[ours], part.data.features["label"], part.stored.split, ours)
+    features = [part.data.features["label"] for part in parts.values()]
+    if all(isinstance(each, ClassLabel) and each == features[0] for each in features):
+        check_names(features[0].names, ignore_case=False)
         return parts
-    for ours, feature in features.items():
-        if isinstance(feature, ClassLabel):
-            labels[ours] = feature.int2str(labels[ours])
     # Not `class_encode_column`: it numbers each split for itself, sorts 10 before 2, and rewrites the images.
-    classes = _sorted_classes(list(chain.from_iterable(labels.values())), features["train"])
+    for (ours, values), each in zip(labels.items(), features, strict=True):
+        labels[ours] = each.int2str(values) if isinstance(each, ClassLabel) else values
+    classes = _sorted_classes(list(chain.from_iterable(labels.values())), features[0])
+    check_names([str(value) for value in classes], ignore_case=True)
+    return {ours: replace(part, data=_number(part.data, labels[ours], classes)) for ours, part in parts.items()}
+
+
+def align_labels(split: Dataset, names: Sequence[str]) -> Dataset:
+    """Renumber the labels of a split after class names in another order.
+
+    Unlike `Dataset.align_labels_with_mapping`, which compares lower-cased names, this tells `A` from `a`.
+
+    Args:
+        split: a data set with a `ClassLabel` column `label`.
+        names: the same class names in the order wanted.
+
+    Raises:
+        ValueError: if the names are not those of the split.
+    """
+    feature = split.features["label"]
+    if sorted(feature.names) != sorted(names):
+        raise ValueError(f"The classes are {listed(feature.names)}: expected the same names as {listed(names)}.")
+    return split if list(names) == feature.names else _number(split, feature.int2str(split["label"][:]), names)
+
+
+def _number(data: Dataset, values: Sequence[Any], classes: Sequence[Any]) -> Dataset:
+    """Replace the labels by the positions of `values` among `classes`."""
     ids = {value: index for index, value in enumerate(classes)}
     feature = ClassLabel(names=[str(value) for value in classes])
-    return {
-        ours: replace(
-            part,
-            data=part.data.remove_columns("label").add_column(
-                "label", [ids[value] for value in labels[ours]], feature=feature
-            ),
+    return data.remove_columns("label").add_column("label", [ids[value] for value in values], feature=feature)
+
+
+def _check_labels(values: Sequence[Any], feature: Any, split: str, ours: str) -> None:
+    unlabelled = sum(
+        value is None or value == -1 or (isinstance(value, str) and not value.strip()) for value in values
+    )
+    if unlabelled or not values:
+        raise ValueError(
+            f"The split '{split}' has no labels for {unlabelled} of its {len(values)} images: "
+            f"choose a labelled one with {ours}_split or remove the images without a label."
         )
-        for ours, part in parts.items()
-    }
+    if not isinstance(feature, ClassLabel):
+        return
+    strange = sorted({value for value in values if not 0 <= value < feature.num_classes})
+    if strange:
+        raise ValueError(
+            f"The split '{split}' has labels {listed(strange[:5])} and its ClassLabel names {feature.num_classes} "
+            f"classes: expected labels from 0 to {feature.num_classes - 1}, cast the column to a ClassLabel that "
+            "names every class."
+        )
+
+
+def check_names(names: Sequence[str], ignore_case: bool) -> None:
+    """Raise if two class names differ only in spaces, Unicode composition or, on request, letter case.
+
+    Args:
+        names: distinct class names.
+        ignore_case: whether names that differ in letter case only are refused too: right where folders or strings
+            stand for classes, not where a data set declares its classes (EMNIST has A and a).
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        key = " ".join(unicodedata.normalize("NFC", name).split())
+        other = seen.setdefault(key.casefold() if ignore_case else key, name)
+        if other != name:
+            raise ValueError(
+                f"The class names {other!r} and {name!r} differ only in letter case, spaces or accents' encoding: "
+                "give images of one class one name, or names that differ in more to two classes."
+            )
+
+
+def check_trained(parts: Mapping[str, Part], is_sample: bool) -> None:
+    """Raise if a class has images to validate or test on and none to train on.
+
+    Args:
+        parts: parts with encoded labels.
+        is_sample: whether the training images are only some of a stream, which may miss a class: a warning then.
+    """
+    labels = {ours: set(part.data["label"][:]) for ours, part in parts.items()}
+    for ours, part in parts.items():
+        missing = [part.data.features["label"].int2str(label) for label in sorted(labels[ours] - labels["train"])]
+        if not missing:
+            continue
+        sentence = (
+            f"The split '{part.stored.split}' has images of {len(missing)} classes without any training image "
+            f"({listed(missing[:5])}{', ...' if len(missing) > 5 else ''}): "
+        )
+        if not is_sample:
+            raise ValueError(
+                f"{sentence}correct their labels, leave these images out, or name other splits with train_split and "
+                f"{ours}_split."
+            )
+        logger.warning("%snone of them can be recognised; a larger stream_images holds more classes.", sentence)
 
 
 def _sorted_classes(values: Sequence[Any], feature: Any) -> list[Any]:
@@ -95,7 +178,7 @@ def _sorted_classes(values: Sequence[Any], feature: Any) -> list[Any]:
 
 
 def check_classes(train: Part, expected: int | None, path: Any) -> None:
-    """Raise if the classes are fewer than two or not as many as expected."""
+    """Raise if there are not as many classes as expected."""
     names = train.data.features["label"].names
     if expected is not None and len(names) != expected:
         shown = listed(names[:10]) + (", ..." if len(names) > 10 else "")

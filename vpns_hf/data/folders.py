@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +20,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Iterable
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub import metadata_load
 
+from .columns import check_names
 from .splits import listed
 
 logger = logging.getLogger(__name__)
@@ -127,6 +129,7 @@ def read_image_folder(
         ValueError: if the folders do not say which image is of which class or split.
     """
     found = find_class_folders(listing.images, asked, root)
+    check_names(sorted(set(chain.from_iterable(found.splits.values()))), ignore_case=True)
     left_out = {
         **found.left_out,
         "hidden": listing.hidden,

@@ -1,4 +1,4 @@
-"""Images as RGB, whatever they were stored as, or one error that says what is wrong with them."""
+"""Convert images to RGB, whatever they were stored as, or raise one error that says what is wrong with them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from PIL import UnidentifiedImageError
 
 LONGEST_TO_SHORTEST = 200
 """An image whose sides differ by a larger factor is refused: processors that keep the ratio would blow it up."""
-SIXTEEN_BIT = ("PNG", "PPM")
-"""Formats whose images of Pillow's mode I hold 16-bit numbers; those of others may go up to anything."""
 
 
 class CorruptImageError(ValueError):
@@ -22,7 +20,7 @@ class CorruptImageError(ValueError):
 
 @dataclass
 class RGBImage(Image):
-    """`datasets.Image` whose images come out as `to_rgb` makes them, rotated as their EXIF data says.
+    """`datasets.Image` whose images come out as `usable_rgb` makes them, rotated as their EXIF data says.
 
     Args:
         mode: `"RGB"`: saved data sets hold a plain `Image(mode="RGB")`, which can be read without this package.
@@ -37,7 +35,7 @@ class RGBImage(Image):
     def decode_example(self, value: Any, token_per_repo_id: dict[str, Any] | None = None) -> PILImage.Image:
         """Decode one stored image."""
         try:
-            return to_rgb(self._stored.decode_example(value, token_per_repo_id=token_per_repo_id))
+            return usable_rgb(self._stored.decode_example(value, token_per_repo_id=token_per_repo_id))
         except (MemoryError, ConnectionError):
             raise
         except UnidentifiedImageError as error:
@@ -56,17 +54,14 @@ def _source(value: Any) -> str:
     return f"{size} bytes without a file name"
 
 
-def to_rgb(image: PILImage.Image | None) -> PILImage.Image:
-    """The image in mode RGB with 8 bits a channel; of an animation, the first frame.
-
-    16-bit grey keeps its upper 8 bits, as Pillow does with 16-bit colour (its own conversion cuts everything above 255
-    off). Alpha is dropped without blending, as image-classification pipelines do.
+def usable_rgb(image: PILImage.Image | None) -> PILImage.Image:
+    """Return `to_rgb` of an image that loses nothing by it.
 
     Args:
         image: in any mode that Pillow knows.
 
     Raises:
-        CorruptImageError: there is no image, its pixels have no defined white, or it is thinner than processors take.
+        CorruptImageError: if there is no image, its pixels do not fit 8 bits, or it is thinner than processors take.
     """
     if image is None:
         raise CorruptImageError("there is no image in this row")
@@ -74,20 +69,25 @@ def to_rgb(image: PILImage.Image | None) -> PILImage.Image:
         raise CorruptImageError(
             f"{image.width} x {image.height} pixels: one side is more than {LONGEST_TO_SHORTEST} times the other"
         )
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BIT):
-        return PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
+    if image.mode.startswith("I") or image.mode == "F":
         _require_8_bits(image)
-    return image.convert("RGB")
+    return to_rgb(image)
+
+
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """Convert to RGB as transformers' pipelines do: alpha dropped without blending, of an animation the first frame.
+
+    Numbers above 255 become white; `usable_rgb` refuses images that have any.
+    """
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _require_8_bits(image: PILImage.Image) -> None:
     pixels = np.asarray(image)
     low, high = pixels.min(), pixels.max()
     if not (low >= 0 and high <= 255) or (image.mode == "F" and high <= 1):
+        bits = 16 if image.mode.startswith("I;16") else 32
         raise CorruptImageError(
-            f"its pixels are 32-bit numbers from {low:g} to {high:g}, of which white is not known: store it with 8 "
-            "or 16 bits a channel, from 0 to 255 or 65535"
+            f"its pixels are {bits}-bit numbers from {low:g} to {high:g}, and image-classification pipelines show all "
+            "numbers above 255 as white: store it with 8 bits per channel, its own black as 0 and its white as 255"
         )

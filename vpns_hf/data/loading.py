@@ -17,7 +17,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from . import folders
-from .columns import check_classes, choose_columns, encode_labels, require_columns
+from .columns import check_classes, check_trained, choose_columns, encode_labels, require_columns
 from .corrupt import skip_corrupt
 from .sampling import carve, check_sampling, sample
 from .splits import Part, StoredRows, TransferSplits, listed
@@ -86,8 +86,9 @@ def load_transfer_dataset(
     Raises:
         ConnectionError: if the Hub cannot be reached and the data set is not in the local cache.
         FileNotFoundError: if there is no such data set or folder.
-        ValueError: if a split or column is missing, labels are missing, a class is too small to be split, or a data
-            set of the table has other classes than its row says.
+        ValueError: if a split or column is missing, labels are missing or out of range, class names differ only in
+            letter case or spaces, a class has no training image or too few to be split, or a data set of the table
+            has other classes than its row says.
     """
     check_sampling(shots, fraction, corrupt_images)
     if stream_images is not None and stream_images < 1:
@@ -118,6 +119,7 @@ def load_transfer_dataset(
         parts = {ours: skip_corrupt(part, num_proc) for ours, part in parts.items()}
     parts = encode_labels(parts)
     check_classes(parts["train"], expected_classes, path)
+    check_trained(parts, is_sample=stream_images is not None)
     if "test" not in parts:
         logger.warning(
             "The data set has no test split: %.3g of the training split is held out as one.", validation_fraction

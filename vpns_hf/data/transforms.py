@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 from torchvision.transforms import v2
 from transformers import BaseImageProcessor, ViTImageProcessor
 
-from .images import RGB_IMAGE, CorruptImageError, to_rgb
+from .images import RGB_IMAGE, CorruptImageError, usable_rgb
 from .splits import SplitView, StoredRows
 
 AUGMENTATIONS: dict[str, Callable[[], list[Any]] | None] = {
@@ -70,7 +70,7 @@ class ImageTransforms:
         """
         if AUGMENTATIONS[self.augmentation] is None:
             return self.eval(batch)
-        return _features(torch.stack([self._augment(to_rgb(image)) for image in batch["image"]]), batch)
+        return _features(torch.stack([self._augment(usable_rgb(image)) for image in batch["image"]]), batch)
 
     def eval(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Do exactly what the image processor does, as the image-classification pipeline would.
@@ -88,7 +88,7 @@ class ImageTransforms:
         return self._process(batch)
 
     def _process(self, batch: Mapping[str, Any], **switches: bool) -> dict[str, Any]:
-        images = [to_rgb(image) for image in batch["image"]]
+        images = [usable_rgb(image) for image in batch["image"]]
         pixel_values = self.image_processor(images=images, return_tensors="pt", **switches)["pixel_values"]
         if tuple(pixel_values.shape[-2:]) != tuple(self.image_size):
             raise ValueError(
@@ -217,7 +217,7 @@ def _resize_batch(
     copies = []
     for stored, index in zip(batch["image"], indices, strict=True):
         try:
-            image = to_rgb(None) if stored is None else RGB_IMAGE.decode_example(stored)
+            image = usable_rgb(None) if stored is None else RGB_IMAGE.decode_example(stored)
         except CorruptImageError as error:
             raise rows.name_corrupt(index, error) from error
         # Uncompressed, because PNG takes as long to decode as the JPEG that it stands for.
