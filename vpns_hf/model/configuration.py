@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-STATES = ("dense", "search", "frozen")
-LABEL_MAPPING_STATES = ("unset", "open", "final")
+from .backbone_config import check_backbone, rebuild_config
+from .configuration_checks import FIELDS, check_fields, check_labels, check_together, shortened
 
 
 class ImageGeometry(NamedTuple):
@@ -63,7 +64,7 @@ class PromptedSparseConfig(PreTrainedConfig):
         kwargs: fields of `PreTrainedConfig` (`id2label`, `num_labels`, ...).
 
     Raises:
-        ValueError: an unknown `state`, `label_mapping_state` or backbone type.
+        ValueError: a field has a value of the wrong kind, or fields contradict each other; one sentence for the first.
     """
 
     model_type = "prompted_sparse"
@@ -90,16 +91,36 @@ class PromptedSparseConfig(PreTrainedConfig):
     keep_source_head: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.state not in STATES:
-            raise ValueError(f"`state` is {self.state!r}; expected one of {', '.join(STATES)}.")
-        if self.label_mapping_state not in LABEL_MAPPING_STATES:
-            raise ValueError(
-                f"`label_mapping_state` is {self.label_mapping_state!r}; expected one of "
-                f"{', '.join(LABEL_MAPPING_STATES)}."
-            )
-        if isinstance(self.backbone_config, dict):
-            self.backbone_config = _rebuild(self.backbone_config)
+        check_fields(self)
+        check_labels(self.id2label, kwargs.get("num_labels"))
+        if not isinstance(self.dtype or torch.float32, torch.dtype) and not isinstance(
+            getattr(torch, str(self.dtype), None), torch.dtype
+        ):
+            raise ValueError(f"`dtype` is {shortened(self.dtype)}; expected the name of a torch dtype.")
+        backbone = self.backbone_config
+        nested = isinstance(backbone, dict) and backbone.get("model_type") == self.model_type
+        if nested or isinstance(backbone, PromptedSparseConfig):
+            raise ValueError(f"`backbone_config` is of model type {self.model_type!r} again; a backbone is plain.")
+        if isinstance(backbone, dict):
+            self.backbone_config = rebuild_config(backbone)
+        if self.backbone_config is not None:
+            check_backbone(self.backbone_config)
         super().__post_init__(**kwargs)
+        check_together(self)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a configuration from the values in a file; arguments as for any configuration of transformers.
+
+        Raises:
+            ValueError: a value is of the wrong kind; one sentence for the first.
+        """
+        # transformers sets these once the configuration is built, where nothing would check them.
+        own = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
+        try:
+            return super().from_dict(config_dict | own, **kwargs)
+        except (StrictDataclassError, TypeError, AttributeError) as error:
+            raise ValueError(f"No configuration can have these values: {' '.join(str(error).split())}") from error
 
     @property
     def geometry(self) -> ImageGeometry:
@@ -116,14 +137,3 @@ class PromptedSparseConfig(PreTrainedConfig):
                 )
         height, width = self.image_size or ()
         return ImageGeometry((height, width), tuple(self.image_mean or ()), tuple(self.image_std or ()))
-
-
-def _rebuild(config: dict[str, Any]) -> PreTrainedConfig:
-    # `AutoConfig.for_model(**config)` loses the label count of TimmWrapperConfig; only `from_dict` keeps it.
-    model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            f"The backbone has model type {model_type!r}, which this version of transformers does not know; "
-            "install the version that the model was saved with."
-        )
-    return CONFIG_MAPPING[model_type].from_dict(config)

@@ -164,9 +164,10 @@ class PromptedSparseModel(SparseModel):
             prompt_inner_size=backbones.height_width(prompt_inner_size),
             label_mapping=label_mapping,
             keep_source_head=keep_source_head,
+            id2label=dict(labels or model.config.id2label),
             **geometry,
         )
-        backbones.set_labels(config, labels or model.config.id2label)
+        backbones.set_labels(config, config.id2label)
         wrapped = cls(config, model)
         if geometry == backbones.image_geometry(model.config, image_processor):
             wrapped.image_processor = backbones.savable(image_processor)

@@ -7,13 +7,14 @@ shrunk and centred on black), the prompt is added, the sum is clamped to [0, 1] 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .configuration import PromptedSparseConfig
+if TYPE_CHECKING:
+    from .configuration import PromptedSparseConfig
 
 
 class _ClampPixels(torch.autograd.Function):
