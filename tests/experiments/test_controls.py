@@ -1,8 +1,10 @@
 """`recipes/comparison/controls.py`: methods that are added to the table from outside of the package."""
 
+import functools
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,15 +44,19 @@ def test_every_control_ends_with_exact_counts_and_zeros(method, tmp_path):
     assert all((weights[name][~mask] == 0).all() for name, mask in masks.items())
 
 
-def test_noise_prompt_is_drawn_anew_with_the_size_asked_for(tmp_path):
+def test_noise_prompt_is_drawn_anew_with_the_size_asked_for(tmp_path, controls, monkeypatch):
     drawn = []
+    noise = controls["vpns_noise_prompt"]
+    louder = tuple(functools.partial(make, std=0.25) for make in noise.stages[-1].callbacks)
+    stages = tuple(replace(stage, callbacks=louder) if stage.callbacks else stage for stage in noise.stages)
+    monkeypatch.setitem(METHODS, "vpns_noise_prompt", replace(noise, stages=stages))
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
             if not args.output_dir.endswith("warm_up"):
                 drawn.append(torch.cat([p.detach().flatten() for p in model.prompt.parameters()]))
 
-    run(tmp_path, "vpns_noise_prompt", callbacks=[Watch()], prompt_noise=0.25)
+    run(tmp_path, "vpns_noise_prompt", callbacks=[Watch()])
     assert all(float(noise.std()) == pytest.approx(0.25, rel=0.15) for noise in drawn)
     assert all(not torch.equal(one, other) for one, other in itertools.pairwise(drawn))
 
@@ -58,7 +64,7 @@ def test_noise_prompt_is_drawn_anew_with_the_size_asked_for(tmp_path):
 def test_augmented_prompt_shows_prompted_batches_augmented(tmp_path):
     for method, expected in (("vpns", False), ("vpns_augmented_prompt", True)):
         trainer = make_trainer(tmp_path / method, build(method), method=method)
-        trainer.stage = trainer.stages[-1]
+        trainer.plan = trainer.plan_stages()[-1]
         views = {
             batch["use_prompt"]: trainer.train_dataset.images.unsqueeze(1)
             .sub(batch["pixel_values"])
@@ -79,7 +85,7 @@ def test_augmented_hydra_sees_augmented_images_alone(tmp_path):
     """Also with `mix_unaugmented`, which shows HYDRA the batches of VPNs."""
     clean = Images(augment=False).images
     trainer = make_trainer(tmp_path, build("hydra_augmented"), method="hydra_augmented", mix_unaugmented=True)
-    trainer.stage = trainer.stages[-1]
+    trainer.plan = trainer.plan_stages()[-1]
     shown = torch.cat([batch["pixel_values"] for batch in trainer.get_train_dataloader()])
     assert len(shown) == 16
     assert not (shown.unsqueeze(1) == clean).flatten(2).all(2).any()

@@ -117,8 +117,6 @@ class ImageTransforms:
             ]
         )
 
-    # Resized copies --------------------------------------------------------------------------------------------------
-
     def cached_train_view(self, split: Dataset, rows: StoredRows, num_proc: int | None = None) -> SplitView:
         """The view of `train`, bit for bit, from copies that are kept at 9/8 of the size.
 

@@ -92,8 +92,6 @@ class PromptedSparseModel(SparseModel):
     def get_input_embeddings(self) -> None:
         """Return None: images have no token embeddings, which accelerate would shard separately."""
 
-    # Building --------------------------------------------------------------------------------------------------------
-
     @classmethod
     def from_backbone(
         cls,
@@ -175,8 +173,6 @@ class PromptedSparseModel(SparseModel):
         checks.check_image_size(wrapped)
         wrapped.attach_scores()
         return wrapped
-
-    # Saving and loading ----------------------------------------------------------------------------------------------
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], packed: bool | None = None, **kwargs: Any
@@ -260,8 +256,6 @@ class PromptedSparseModel(SparseModel):
             has_prompt=self.prompt is not None,
         )
 
-    # Forward ---------------------------------------------------------------------------------------------------------
-
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, use_prompt: bool | None = None
     ) -> ImageClassifierOutput:
@@ -308,8 +302,6 @@ class PromptedSparseModel(SparseModel):
         with recomputing() if self.config.state == "search" else nullcontext():
             return self.backbone(pixel_values=pixel_values, **self._backbone_kwargs).logits
 
-    # Taken from another model ----------------------------------------------------------------------------------------
-
     def load_subnetwork(
         self, pretrained_model_name_or_path: str | os.PathLike[str], prompt: bool = True, **kwargs: Any
     ) -> None:
@@ -346,8 +338,6 @@ class PromptedSparseModel(SparseModel):
         if other.prompt is None:
             raise ValueError(f"{pretrained_model_name_or_path} has no prompt; name a model that was saved with one.")
         take_prompt(self, other, str(pretrained_model_name_or_path), "choose one for the same images")
-
-    # Labels ----------------------------------------------------------------------------------------------------------
 
     def set_label_mapping(self, mapping: Tensor | Sequence[int], final: bool = True) -> None:
         """Map the source classes of the head to the target classes, in any state.

@@ -57,8 +57,6 @@ class SparseModel(PreTrainedModel):
         if self.config.state == "frozen":
             masking.mask_gradients(self.prunables())
 
-    # Parameters by role ----------------------------------------------------------------------------------------------
-
     def prunables(self) -> dict[str, masking.PrunableWeight]:
         """Find the prunable weights, by backbone parameter name."""
         skip = self.config.head_parameters if self.config.new_head else ()
@@ -88,8 +86,6 @@ class SparseModel(PreTrainedModel):
         for role, parameters in self.parameters_by_role().items():
             for parameter in parameters.values():
                 parameter.requires_grad_(role in roles)
-
-    # Masks -----------------------------------------------------------------------------------------------------------
 
     def scores(self) -> dict[str, Tensor]:
         """Return the score parameters by backbone parameter name; empty outside the search state."""
@@ -155,8 +151,6 @@ class SparseModel(PreTrainedModel):
         return measure_sparsity(
             self.backbone, self.prunables(), self.masks(), self.config.image_size, self._backbone_kwargs
         )
-
-    # From state to state ---------------------------------------------------------------------------------------------
 
     def attach_scores(self, signed: bool = False) -> None:
         """Attach scores and masks to the prunable weights (dense to search); scores and prompt become trainable.
@@ -240,8 +234,6 @@ class SparseModel(PreTrainedModel):
                 f"Cannot {action}: the model is in the {self.config.state!r} state, and this needs {state!r}."
             )
 
-    # Weights ---------------------------------------------------------------------------------------------------------
-
     def backbone_state(self) -> dict[str, Tensor]:
         """Return parameters and buffers by their names in the dense backbone, in any state; not copied.
 
@@ -275,8 +267,6 @@ class SparseModel(PreTrainedModel):
         self._require("frozen", "write zeros")
         masking.zero_masked_weights(self.prunables())
 
-    # Other models in its place ---------------------------------------------------------------------------------------
-
     def replace_with(self, other: SparseModel) -> None:
         """Take over weights, state and configuration of another model, so that references to this one stay valid."""
         self.__setstate__(other.__dict__)
@@ -291,8 +281,6 @@ class SparseModel(PreTrainedModel):
             parameter.requires_grad_(trainable[name])
         model.image_processor = self.image_processor
         return model.train(self.training)
-
-    # Sharded by FSDP2 ------------------------------------------------------------------------------------------------
 
     def shard_masks(self) -> None:
         """Shard the masks like the weights, right after `torch.distributed.fsdp.fully_shard(model)`.

@@ -126,8 +126,6 @@ class VPNsTrainer(StageTrainer):
         self._checkpoint_control = CheckpointControl(self._signals, self.accelerator)
         self.add_callback(self._checkpoint_control)
 
-    # The run ---------------------------------------------------------------------------------------------------------
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Run every stage.
 
@@ -231,8 +229,6 @@ class VPNsTrainer(StageTrainer):
         self.model.eval_backbone = False
         return output
 
-    # How a stage begins ----------------------------------------------------------------------------------------------
-
     def _begin(self, record: RunRecord, checkpoint: Path | None) -> None:
         """Bring the model into the stage's state and make the stage's roles trainable."""
         stage = self.plan.stage
@@ -287,8 +283,6 @@ class VPNsTrainer(StageTrainer):
             self.args.seed,
         )
 
-    # What the stages have done and will do ---------------------------------------------------------------------------
-
     @property
     def finished_stages(self) -> list[FinishedStage]:
         """The stages of the run in `args.output_dir` that have ended."""
@@ -318,8 +312,6 @@ class VPNsTrainer(StageTrainer):
         """Return length and optimizers of all stages, before any of them has run."""
         present = {role for role, parameters in self.model.parameters_by_role().items() if parameters} | {"scores"}
         return [plan.settings(present) for plan in self.plan_stages()]
-
-    # Hub -------------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository `args.hub_model_id` on the Hub if it does not exist.
