@@ -26,6 +26,7 @@ FLOORS = (
     "data",
     "label_mapping",
     "metrics",
+    "evaluate_module",
     "version",
 )
 MAX_LINES = 400
