@@ -118,5 +118,5 @@ TRANSFER_TASKS: dict[str, TransferTask] = {
     "ucf101": TransferTask("flwrlabs/ucf101", 101, clip=("video_id", "clip_id"), frame="frame"),
 }
 """Every transfer task by a short key that `load_transfer_dataset` takes in place of a Hub id: the paper's eight,
-ImageNet, and five that visual prompting is often measured on. `recipe.parse_recipe` takes batch size and learning
+ImageNet, and five that visual prompting is often measured on. `experiments.parse_recipe` takes batch size and learning
 rates from here where neither the YAML file nor a flag sets them."""

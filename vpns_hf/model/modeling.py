@@ -369,7 +369,7 @@ class PromptedSparseModel(SparseModel):
         self.config.label_mapping_state = "final" if final else "open"
 
     def _slice_head(self, mapped: list[int]) -> None:
-        self.unshard()
+        self.gather_shards()
         config = copy.deepcopy(self.config)
         config.mapped_labels, config.label_mapping_state = mapped, "final"
         backbones.set_labels(config.backbone_config, config.id2label)

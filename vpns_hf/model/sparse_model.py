@@ -160,7 +160,7 @@ class SparseModel(PreTrainedModel):
                 absolute values are ranked, and they start in proportion to the weights (HYDRA, VPNs).
         """
         self._require("dense", "attach scores")
-        self.unshard()
+        self.gather_shards()
         masking.attach_scores(self.prunables(), signed)
         self.config.state, self.config.signed_scores = "search", signed
         self.train_only("scores", "prompt", "head")
@@ -170,7 +170,7 @@ class SparseModel(PreTrainedModel):
     def detach_scores(self) -> None:
         """Remove scores and masks (search to dense); all parameters become trainable."""
         self._require("search", "detach scores")
-        self.unshard()
+        self.gather_shards()
         masking.detach_scores(self.prunables())
         self.config.state, self.config.signed_scores = "dense", False
         self.train_only(*ROLES)
@@ -205,7 +205,7 @@ class SparseModel(PreTrainedModel):
         else:
             flips = sharding.count_true(mask ^ masks[name].to(mask.device) for name, mask in own.items())
             masks = {name: sharding.whole(mask) for name, mask in masks.items()}
-            self.unshard()
+            self.gather_shards()
             if self.config.state == "search":
                 self.detach_scores()
             masking.freeze(self.prunables(), masks)
@@ -221,7 +221,7 @@ class SparseModel(PreTrainedModel):
 
         With `keep_source_head` or a `"bayesian"` label mapping the plain model still has all source classes.
         """
-        self.unshard()
+        self.gather_shards()
         if self.config.state == "search":
             self.freeze_masks()
         if self.config.state == "frozen":
@@ -291,7 +291,7 @@ class SparseModel(PreTrainedModel):
         if self.config.state != "dense" and sharding.is_sharded(self.parameters()):
             _shard_masks(self.prunables(), self.config.state)
 
-    def unshard(self) -> None:
+    def gather_shards(self) -> None:
         """Gather a sharded model on every process, which undoes `fully_shard`; all processes call this together.
 
         Methods that change the state of the model or the shape of its head call this, because `fully_shard` does not

@@ -225,7 +225,7 @@ class VPNsTrainer(StageTrainer):
             self.model_wrapped, keep_fp32_wrapper=False, keep_torch_compile=False
         )
         # States change between stages, which a sharded model cannot follow.
-        self.model.unshard()
+        self.model.gather_shards()
         self.model.eval_backbone = False
         return output
 
