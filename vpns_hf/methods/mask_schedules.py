@@ -1,4 +1,4 @@
-"""What a mask does while a stage trains: stay fixed, follow learned scores, or move on a schedule.
+"""Update masks while a stage trains: fixed, selected from learned scores, or on a schedule.
 
 Schedules are pure functions of the optimizer step, so that resuming needs no state of theirs.
 """
@@ -20,12 +20,12 @@ from ..model.modeling import PromptedSparseModel
 
 @dataclass(frozen=True)
 class StageProgress:
-    """Where a stage stands.
+    """Progress of a stage.
 
     Args:
         step: optimizer steps done, the present one included.
         total: optimizer steps of the stage.
-        sparsity: the sparsity that the stage ends with.
+        sparsity: sparsity at the end of the stage.
     """
 
     step: int
@@ -34,11 +34,11 @@ class StageProgress:
 
     @property
     def fraction(self) -> float:
-        """The share of the stage that is done, in [0, 1]."""
+        """Return the share of the stage that is done, in [0, 1]."""
         return self.step / self.total
 
     def before(self) -> StageProgress:
-        """One step earlier."""
+        """Return the progress one step earlier."""
         return StageProgress(self.step - 1, self.total, self.sparsity)
 
 
@@ -71,15 +71,15 @@ class MaskSchedule:
             keep_all(model)
 
     def is_final(self, progress: StageProgress) -> bool:
-        """Whether the sparsity is that of the end of the stage, so that a model may be chosen as the best."""
+        """Return whether the final sparsity is reached, so that a model may be chosen as the best."""
         return True
 
     def kept_state(self, model: PromptedSparseModel) -> Mapping[str, Tensor]:
-        """Where optimizers keep momentum and the like after the mask has changed, True = kept."""
+        """Return masks of the optimizer state that is kept after the mask has changed, True = kept."""
         return model.masks()
 
     def needs_dense_gradients(self, progress: StageProgress) -> bool:
-        """Whether this step changes the mask by gradients of pruned weights, in place of training."""
+        """Return whether this step changes the mask by gradients of pruned weights instead of training."""
         return False
 
     def advance(
@@ -88,7 +88,7 @@ class MaskSchedule:
         """Change the mask after an optimizer step and return how many entries changed.
 
         Args:
-            gradients: of the prunable weights, pruned ones included, where `needs_dense_gradients` asked for them.
+            gradients: gradients of the prunable weights, pruned ones included, where `needs_dense_gradients`.
         """
         if model.config.state == "frozen":
             model.zero_masked_weights()
@@ -100,8 +100,8 @@ class GradualSparsity:
     """Sparsity that rises from 0 along a cubic curve (Zhu and Gupta, arXiv 1710.01878).
 
     Args:
-        start, end: the shares of the stage between which it rises.
-        updates: in how many equal steps of time.
+        start, end: shares of the stage between which it rises.
+        updates: number of equal steps in time.
     """
 
     start: float = 0.0
@@ -109,17 +109,17 @@ class GradualSparsity:
     updates: int = 30
 
     def level(self, progress: StageProgress) -> int:
-        """How many updates are due by now."""
+        """Return the number of updates that are due."""
         share = (progress.fraction - self.start) / (self.end - self.start)
         # A step that lies on the border of an update must not miss it by a rounding error.
         return math.floor(min(max(share, 0.0), 1.0) * self.updates + 1e-9)
 
     def is_final(self, progress: StageProgress) -> bool:
-        """Whether the last update is done."""
+        """Return whether the last update is done."""
         return self.level(progress) == self.updates
 
     def sparsity(self, progress: StageProgress) -> float:
-        """The sparsity after this step."""
+        """Return the sparsity after this step."""
         return cubic_sparsity(self.level(progress) / self.updates, 0.0, progress.sparsity)
 
 
@@ -136,7 +136,7 @@ class Unmasked(MaskSchedule):
 
 @dataclass(frozen=True)
 class ScoredMasks(MaskSchedule):
-    """The largest scores are kept, selected once when the stage begins (search state).
+    """Keep the largest scores, selected once when the stage begins (search state).
 
     Args:
         scope: scope in which masks are selected; None: the model's.
@@ -171,7 +171,7 @@ class ScoredMasks(MaskSchedule):
 
 @dataclass(frozen=True)
 class LearnedMasks(ScoredMasks):
-    """The largest scores are kept, selected again after every optimizer step (search state).
+    """Keep the largest scores, selected again after every optimizer step (search state).
 
     Args:
         gradual: rise of the sparsity (movement pruning); None: the final sparsity from the start.
@@ -186,7 +186,7 @@ class LearnedMasks(ScoredMasks):
         return sparsity if self.gradual is None else 0.0
 
     def is_final(self, progress: StageProgress) -> bool:
-        """Whether the sparsity has stopped rising."""
+        """Return whether the sparsity has stopped rising."""
         return self.gradual is None or self.gradual.is_final(progress)
 
     def advance(
@@ -218,7 +218,7 @@ class GradualMagnitude(MaskSchedule):
         keep_all(model)
 
     def is_final(self, progress: StageProgress) -> bool:
-        """Whether the last update is done."""
+        """Return whether the last update is done."""
         return self.gradual.is_final(progress)
 
     def advance(
@@ -259,16 +259,16 @@ class AlternatingCompression(MaskSchedule):
         keep_all(model)
 
     def is_final(self, progress: StageProgress) -> bool:
-        """Whether the last compressed phase has begun."""
+        """Return whether the last compressed phase has begun."""
         return progress.fraction >= 1 - self.final
 
     def kept_state(self, model: PromptedSparseModel) -> Mapping[str, Tensor]:
-        """Nothing where a dense phase begins, and that of the kept weights where a compressed one does."""
+        """Keep nothing where a dense phase begins, and the state of kept weights where a compressed one does."""
         masks = model.masks()
         return {name: torch.zeros_like(mask) for name, mask in masks.items()} if model.sparsity == 0 else masks
 
     def compressed(self, progress: StageProgress) -> bool:
-        """Whether the step that follows is one of a compressed phase."""
+        """Return whether the next step is in a compressed phase."""
         if self.is_final(progress):
             return True
         if progress.fraction < self.warm_up or progress.fraction >= 1 - self.final - self.last_dense - 1e-9:
@@ -308,7 +308,7 @@ class RigL(MaskSchedule):
     changes_frozen_masks = True
 
     def needs_dense_gradients(self, progress: StageProgress) -> bool:
-        """Whether an update is due."""
+        """Return whether an update is due."""
         return self._level(progress) != self._level(progress.before()) and self._level(progress) <= self.updates
 
     def _level(self, progress: StageProgress) -> int:
@@ -329,7 +329,7 @@ class RigL(MaskSchedule):
 
 @torch.no_grad()
 def drop_and_grow(weight: Tensor, mask: Tensor, gradient: Tensor, fraction: float) -> Tensor:
-    """RigL's update of one mask.
+    """Drop and grow the weights of one mask (RigL).
 
     Args:
         weight, mask, gradient: of one shape; the gradient covers pruned weights.
@@ -347,18 +347,18 @@ def drop_and_grow(weight: Tensor, mask: Tensor, gradient: Tensor, fraction: floa
 
 
 def keep_all(model: PromptedSparseModel) -> int:
-    """Freeze the model with nothing pruned; returns how many mask entries changed."""
+    """Freeze the model with nothing pruned, and return the number of changed mask entries."""
     return model.apply_masks(all_kept(model.prunables()))
 
 
 def largest_weights(model: PromptedSparseModel, sparsity: float) -> dict[str, Tensor]:
-    """Masks that keep the largest |weights| by the model's scope."""
+    """Select the masks that keep the largest |weights| in the model's scope."""
     magnitudes = {name: weight.detach().abs() for name, weight in model.prunable_weights().items()}
     return select_masks(magnitudes, sparsity, model.config.scope)
 
 
 def cubic_sparsity(progress: float, initial: float, final: float) -> float:
-    """Sparsity after a share of gradual pruning, `final + (initial - final) * (1 - progress)^3` (arXiv 1710.01878).
+    """Compute the sparsity after a share of gradual pruning, `final + (initial - final) * (1 - progress)^3` (arXiv 1710.01878).
 
     Args:
         progress: in [0, 1].

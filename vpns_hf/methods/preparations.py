@@ -1,4 +1,4 @@
-"""What runs before a stage: score and select, rewind, recalibrate BatchNorm. Each is a small callable."""
+"""Prepare a stage: score and select, rewind, recalibrate BatchNorm. Each is a small callable."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Batches = list[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class StageStart:
-    """What a preparation works on.
+    """Inputs of a preparation.
 
     Args:
-        model: the model, as the stage before left it.
-        sparsity: the sparsity of the stage.
-        seed: of the run.
-        calibration: gives batches of `pixel_values` and `labels`, balanced over the classes, not augmented.
-        first_state: gives the backbone's parameters and buffers as they were before the first stage after the
+        model: model as the stage before left it.
+        sparsity: sparsity of the stage, a fraction.
+        seed: seed of the run.
+        calibration: function that returns batches of `pixel_values` and `labels`, balanced over the classes, not augmented.
+        first_state: function that returns the backbone's parameters and buffers as they were before the first stage after the
             warm-up (see [`PromptedSparseModel.backbone_state`]).
         loss: loss of logits and labels that scores follow; None: the model's own.
     """
@@ -52,10 +52,10 @@ class Select:
     Args:
         score: name of a score of `vpns_hf.scores.SCORES`.
         scope: as in [`masking.select_masks`]; None: the model's.
-        rounds: how often to score and select, with densities `d ** (t / rounds)`.
+        rounds: number of times to score and select, with densities `d ** (t / rounds)`.
         needs_data: whether the score needs calibration batches.
         seeded: whether the score takes the seed of the run.
-        options: passed to the score.
+        options: options of the score.
     """
 
     score: str
@@ -98,7 +98,7 @@ class Rewind:
 
 @dataclass(frozen=True)
 class RecalibrateBatchNorm:
-    """Estimate the running statistics of BatchNorm anew on the calibration images, without a prompt."""
+    """Recompute the running statistics of BatchNorm on the calibration images, without a prompt."""
 
     def __call__(self, start: StageStart) -> None:
         """Replace the statistics; models without BatchNorm are left as they are."""

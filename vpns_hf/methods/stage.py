@@ -15,7 +15,7 @@ from .preparations import Preparation, Select
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run of a method.
+    """Training run of a method.
 
     Args:
         name: name in logs and in the folder of the checkpoints.
@@ -50,11 +50,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Rounds:
-    """A stage run again and again on fewer weights, as in iterative magnitude pruning.
+    """Repeat a stage on fewer weights each round, as in iterative magnitude pruning.
 
     Args:
-        stage: the stage; its sparsity is set for each round, 0 in the first.
-        keep: the share of weights that at least survives a round. The rounds before the next stage are
+        stage: repeated stage; its sparsity is set for each round, 0 in the first.
+        keep: smallest share of weights that survives a round. The rounds before the next stage are
             `ceil(log(density) / log(keep))`, of equal factors, so that the next stage's sparsity is met exactly.
     """
 
@@ -62,7 +62,7 @@ class Rounds:
     keep: float = 0.8
 
     def expand(self, sparsity: float) -> Iterator[Stage]:
-        """The rounds that lead to a sparsity."""
+        """Return the rounds that lead to a sparsity."""
         density = 1 - sparsity
         # Logarithms of exact powers may round upwards.
         count = math.ceil(math.log(density) / math.log(self.keep) - 1e-9)
@@ -72,7 +72,7 @@ class Rounds:
 
 @dataclass(frozen=True)
 class Method:
-    """Stages run one after the other on the same model.
+    """Pruning method: stages run one after the other on the same model.
 
     Args:
         description: one sentence.
@@ -92,7 +92,7 @@ class Method:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any of its stages needs images, apart from the warm-up of a new head."""
+        """Return whether any stage needs images, apart from the warm-up of a new head."""
         stages = [entry.stage if isinstance(entry, Rounds) else entry for entry in self.stages]
         stages = [stage for stage in stages if stage.length != "warm_up"]
         before = [step for stage in stages for step in stage.before]
@@ -101,7 +101,7 @@ class Method:
         )
 
     def stages_for(self, new_head: bool, sparsity: float) -> tuple[Stage, ...]:
-        """The stages that run on a model with or without a new head, for a sparsity."""
+        """Return the stages that run on a model with or without a new head, for a sparsity."""
         expanded = [
             stage
             for entry in self.stages
@@ -112,7 +112,7 @@ class Method:
 
 @dataclass(frozen=True)
 class RoleSettings:
-    """How the parameters of one role are trained.
+    """Optimizer settings of one role.
 
     Args:
         optim: name of an optimizer of `TrainingArguments.optim`, or `"adam"` (weight decay added to the gradient, as

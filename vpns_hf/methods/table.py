@@ -182,7 +182,7 @@ METHODS: dict[str, Method] = {
         "Layer by layer, the kept weights corrected for the pruned ones, no training (arXiv 2301.00774).",
         prune_only(Reconstruct(), RecalibrateBatchNorm()),
     ),
-    # Under a mask that is there already, on a task that is new to the model
+    # On a new task, under the mask of a pruned model
     "tune": Method(
         "Tune the kept weights under the mask as it is, after a new head.",
         (PRUNED_WARM_UP, TUNE),
@@ -212,8 +212,8 @@ MASK_ALONE = ":mask"
 
 
 def get_method(name: str) -> Method:
-    """The method of that name; `"<name>+prompt"` is the same method with a prompt in its last stage, `"<name>:mask"`
-    the part of it that finds the mask.
+    """Look up a method. `"<name>+prompt"` is the method with a prompt in its last stage, `"<name>:mask"` the part of it
+    that finds the mask.
 
     Raises:
         ValueError: there is none, or it has a prompt already, or trains nothing in its last stage, or finds no mask.

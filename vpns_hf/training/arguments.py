@@ -1,4 +1,4 @@
-"""`VPNsTrainingArguments`: Trainer's arguments and those of the search."""
+"""`VPNsTrainingArguments`: the arguments of Trainer, the search and the prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVAL_PROMPTS = ("without", "with", "both")
 
 @dataclass
 class VPNsTrainingArguments(TrainingArguments):
-    """Arguments of [`VPNsTrainer`]: all of [`~transformers.TrainingArguments`], which apply to the tune stage and,
+    """Set the arguments of [`VPNsTrainer`]: all of [`~transformers.TrainingArguments`], which apply to the tune stage and,
     where nothing else is said, to every stage, and those below. `max_steps` bounds every stage;
     `load_best_model_at_end` applies to the last stage alone.
 
@@ -130,7 +130,9 @@ class VPNsTrainingArguments(TrainingArguments):
     )
     restore_callback_states_from_checkpoint: bool = field(
         default=True,
-        metadata={"help": "Restore the callbacks' states when resuming, so that logs go on as they would have."},
+        metadata={
+            "help": "Restore the callbacks' states when resuming, so that logs continue as in an uninterrupted run."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -182,7 +184,7 @@ class VPNsTrainingArguments(TrainingArguments):
 
     @property
     def pruning_method(self) -> Method:
-        """The method that `method` names.
+        """Look up the method that `method` names.
 
         Raises:
             ValueError: there is no method of that name.
@@ -191,11 +193,11 @@ class VPNsTrainingArguments(TrainingArguments):
 
     @property
     def reported_metrics(self) -> list[str]:
-        """Accuracy, and what `metrics` names beside it."""
+        """Return the names of the reported metrics: accuracy and those of `metrics`."""
         return list(dict.fromkeys(["accuracy", *(self.metrics or [])]))
 
     def role_settings(self, role: str, stage: Stage) -> RoleSettings:
-        """Optimizer, learning rate and schedule of a role in a stage."""
+        """Return optimizer, learning rate and schedule of a role in a stage."""
         searching = "scores" in stage.roles and role in ("scores", "prompt")
         learning_rate = {
             "scores": self.score_learning_rate,
@@ -210,7 +212,7 @@ class VPNsTrainingArguments(TrainingArguments):
         return RoleSettings(optim, learning_rate, schedule or self.lr_scheduler_type)
 
     def stage_length(self, stage: Stage, stages: Sequence[Stage]) -> tuple[float, int]:
-        """(epochs, max_steps) of one of the stages of a run; max_steps is -1 where the epochs count."""
+        """Return (epochs, max_steps) of a stage of a run; max_steps is -1 where the epochs count."""
         if stage.length == "warm_up":
             return self.head_warm_up_epochs, -1
         is_search = stage.length == "search"
@@ -223,7 +225,7 @@ class VPNsTrainingArguments(TrainingArguments):
 
 
 def budgeted_stages(stages: Sequence[Stage]) -> list[Stage]:
-    """The stages that `total_max_steps` is shared out over."""
+    """Return the stages that share `total_max_steps`."""
     return [stage for stage in stages if stage.length != "warm_up" and stage.roles]
 
 

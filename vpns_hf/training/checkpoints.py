@@ -20,14 +20,14 @@ UNFINISHED_CHECKPOINT = "checkpoint.tmp"
 
 
 def publish_checkpoint(written: Path, checkpoint: Path) -> None:
-    """Give a checkpoint its name once it is complete: list its files and their sizes in it, then move it there."""
+    """Publish a complete checkpoint: list its files and their sizes in it, then move it to its final name."""
     sizes = {str(path.relative_to(written)): path.stat().st_size for path in written.rglob("*") if path.is_file()}
     (written / CHECKPOINT_FILES_NAME).write_text(json.dumps(sizes, indent=2, sort_keys=True), encoding="utf-8")
     publish_folder(written, checkpoint)
 
 
 def publish_folder(written: Path, folder: Path) -> None:
-    """Move a complete folder to its place, in one step; what was there before is dropped."""
+    """Move a complete folder to its final name in one step, replacing an earlier one."""
     for path in written.rglob("*"):
         if path.is_file():
             # Else a machine that crashes could leave the new name with empty files behind it.
@@ -38,7 +38,7 @@ def publish_folder(written: Path, folder: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None: it is complete."""
+    """Check the files of a checkpoint and describe what is damaged; None: it is complete."""
     try:
         sizes = json.loads((checkpoint / CHECKPOINT_FILES_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -53,7 +53,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage whose files are all there and whole, or None; newer ones are warned of."""
+    """Find the newest complete checkpoint of a stage, or None; damaged newer ones are reported as warnings."""
     checkpoints = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
     for path in sorted(checkpoints, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
         if (wrong := damage(path)) is None:
@@ -64,12 +64,12 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 
 @contextmanager
 def writing(what: str, temporary: Path, advice: str = "") -> Iterator[None]:
-    """Where a file or folder is written: a failure is told in one sentence and leaves nothing half-written.
+    """Write a file or folder inside this context: a failure is reported in one sentence and leaves nothing behind.
 
     Args:
-        what: what is written, as the sentence begins.
-        temporary: the file or folder that is written to; removed where it fails.
-        advice: the end of the sentence: what is safe and how to go on.
+        what: beginning of the sentence, naming the file.
+        temporary: path that is written to; removed after a failure.
+        advice: end of the sentence: state of the earlier files and how to resume.
 
     Raises:
         OSError: the disk is full, the folder is read-only, or the like.

@@ -1,4 +1,4 @@
-"""What a run needs of its model, data and machine: what is missing is told before anything is trained."""
+"""Check model, data and machine before anything is trained."""
 
 from __future__ import annotations
 

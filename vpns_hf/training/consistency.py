@@ -1,4 +1,4 @@
-"""Whether all processes of a run hold the same scores, masks, prompt and weights, told by hashes."""
+"""Compare scores, masks, prompts and weights of all processes by hashes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SPREAD = -0x61C8864680B583EB
 
 
 class ConsistencyCheck(TrainerCallback):
-    """Compares the processes before the first step of a stage, after every few steps, and after the last one.
+    """Compare the processes before the first step of a stage, after every few steps, and after the last one.
 
     Args:
-        accelerator: of the trainer.
+        accelerator: accelerator of the trainer.
         steps: optimizer steps between two comparisons.
     """
 
@@ -47,8 +47,8 @@ def compare_processes(accelerator: Accelerator, model: PromptedSparseModel, when
     Sharded tensors are left out: there is one copy of each.
 
     Args:
-        model: the model itself, not wrapped.
-        when: is said in the error.
+        model: unwrapped model.
+        when: time of the comparison, for the error.
 
     Raises:
         RuntimeError: names what differs, and where.
@@ -66,8 +66,8 @@ def compare_processes(accelerator: Accelerator, model: PromptedSparseModel, when
     processes = [str(index) for index, row in enumerate(differs.tolist()) if any(row)]
     raise RuntimeError(
         f"The processes hold different {' and '.join(names)} {when}: process {', '.join(processes)} against process 0."
-        " Look for code that changes the model on some processes only, or draws without the common seed, then go on "
-        "from the last checkpoint with `resume_from_checkpoint=True`."
+        " Look for code that changes the model on some processes only, or draws without the common seed, then "
+        "resume from the last checkpoint with `resume_from_checkpoint=True`."
     )
 
 
@@ -82,7 +82,7 @@ def hash_tensors(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def hash_tensor(tensor: Tensor) -> Tensor:
-    """A 64-bit hash of the bits of a tensor and where they stand in row-major order, on its device.
+    """Compute a 64-bit hash of the bits of a tensor and where they stand in row-major order, on its device.
 
     Eight bytes at a time are mixed and multiplied by an odd number of their position, and summed modulo 2 ** 64.
 

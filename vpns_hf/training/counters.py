@@ -16,12 +16,12 @@ from ..model.modeling import PromptedSparseModel
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage has spent, evaluation aside.
+    """Cost of a stage, evaluation aside.
 
     Args:
         images: training images seen, on all processes.
         forward_images, backward_images: images that went forward and backward through the backbone to train or score.
-        seconds: time of the training steps and of what ran before them.
+        seconds: time of the training steps and the preparations.
         trained_weights: parameters that were trained, pruned ones not counted.
     """
 
@@ -34,7 +34,7 @@ class Cost:
 
 @dataclass(eq=False)
 class Counters(TrainerCallback, ExportableState):
-    """What is counted over a stage and kept in its checkpoints.
+    """Count the cost of a stage, and save the counts in its checkpoints.
 
     Args:
         flips: mask entries that changed since the last log.
@@ -63,7 +63,7 @@ class Counters(TrainerCallback, ExportableState):
         self.seconds += time.perf_counter() - self._started
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback."""
+        """Return the state that a checkpoint saves."""
         return {"args": asdict(self), "attributes": {}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -71,11 +71,11 @@ class Counters(TrainerCallback, ExportableState):
         self.__dict__.update(state)
 
     def reset(self) -> None:
-        """Count from zero again."""
+        """Reset all counts."""
         self.__dict__ = dict(vars(Counters()))
 
     def cost(self, trained_weights: int) -> Cost:
-        """What the stage has spent."""
+        """Return the cost of the stage."""
         return Cost(self.images, self.forward_images, self.backward_images, self.seconds, trained_weights)
 
     def count_batch(self, images: int) -> None:
@@ -85,13 +85,13 @@ class Counters(TrainerCallback, ExportableState):
         self.backward_images += images
 
     def take_flips(self) -> int:
-        """The count since the last call."""
+        """Return the changed mask entries since the last call."""
         flips, self.flips = self.flips, 0
         return flips
 
     @contextmanager
     def measuring(self, model: PromptedSparseModel) -> Iterator[None]:
-        """Count the time and the passes of this model and of copies made of it meanwhile."""
+        """Count time and passes of a model, and of copies made of it, inside a `with` block."""
 
         def count(module: Any, args: Any, output: Any) -> None:
             images = len(output.logits)

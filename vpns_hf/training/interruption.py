@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests to save and leave."""
+"""Handle Ctrl-C and SIGTERM as requests to save a checkpoint and leave."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """A context in which Ctrl-C and SIGTERM are noted instead of ending the process; a second Ctrl-C ends it at once.
+    """Record Ctrl-C and SIGTERM inside a `with` block instead of ending the process; a second Ctrl-C ends it at once.
 
     A repeated SIGTERM is not taken for impatience: some job schedulers send it twice.
 
     Args:
-        announces: whether this process says on stderr that it has noted a signal.
+        announces: whether this process reports a signal on stderr.
 
     Attributes:
         received: the signal that came first since the context was last entered, or None.

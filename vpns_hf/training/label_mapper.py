@@ -1,4 +1,4 @@
-"""`LabelMapper`: the label mapping of a model that trains, found from the model's own predictions."""
+"""Find label mappings from the predictions of the model that is trained."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..model.modeling import PromptedSparseModel
 
 
 class LabelMapper:
-    """Sets the label mapping before the first stage and finds an iterative one again as the mask changes.
+    """Set the label mapping before the first stage, and recompute an iterative one as the mask changes.
 
     Args:
-        trainer: whose model it is.
-        dataset: the training images as prompted batches show them.
+        trainer: trainer of the model.
+        dataset: training images as prompted batches show them.
     """
 
     def __init__(self, trainer: Trainer, dataset: Any):
@@ -41,10 +41,10 @@ class LabelMapper:
         model.set_label_mapping(self._find(), final=config.label_mapping != "iterative")
 
     def refresh(self, final: bool = False) -> None:
-        """Find an iterative label mapping again, from the predictions of the model as it is masked now, unprompted.
+        """Recompute an iterative label mapping from the predictions of the masked model, without the prompt.
 
         Args:
-            final: this is the mapping that stays.
+            final: whether the mapping stays.
         """
         if self.trainer.model.config.label_mapping_state == "open":
             self.trainer.model.set_label_mapping(self._find(), final=final)

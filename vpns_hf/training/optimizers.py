@@ -22,12 +22,12 @@ NOT_IN_TRAINER: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Ad
 def build_optimizer(
     parameters: list[dict[str, Any]], settings: RoleSettings, args: TrainingArguments, momentum: float
 ) -> torch.optim.Optimizer:
-    """The optimizer that Trainer would build under these settings.
+    """Build the optimizer that Trainer would build under these settings.
 
     Args:
         parameters: parameter groups.
-        args: the betas, epsilon and `optim_args` are taken from here.
-        momentum: for `"sgd"`, unless `optim_args` has its own.
+        args: source of betas, epsilon and `optim_args`.
+        momentum: momentum of `"sgd"`, unless `optim_args` has its own.
 
     Raises:
         ValueError: an unknown optimizer.
@@ -49,11 +49,11 @@ def build_optimizer(
 
 
 class OptimizerByRole(torch.optim.Optimizer):
-    """Several optimizers stepped as one; `param_groups` are theirs, in order, each tagged with its `role`.
+    """Step several optimizers as one; `param_groups` are theirs, in order, each tagged with its `role`.
 
     Args:
         parts: optimizer of each role.
-        turns: the roles that are stepped, in turn by step; none: all of them at every step.
+        turns: roles stepped in turn, one entry per step; none: all of them at every step.
 
     Attributes:
         skipped_roles: roles that are not stepped while they are named here. A role without gradients is not stepped
@@ -89,7 +89,7 @@ class OptimizerByRole(torch.optim.Optimizer):
                         sharding.local(value).masked_fill_(~sharding.local(mask), 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every part, by role, and how many steps were made.
+        """Return the state of every part, by role, and the number of steps.
 
         The state of sharded parameters is gathered; all processes then call this together.
         """
@@ -131,7 +131,7 @@ def _shard_state(optimizer: torch.optim.Optimizer) -> None:
 def weight_groups(
     parameters: Mapping[str, nn.Parameter], decayed: set[str], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Parameter groups with and without weight decay; empty ones are left out."""
+    """Return parameter groups with and without weight decay, without empty ones."""
     groups = [
         {"params": [p for name, p in parameters.items() if name in decayed], "weight_decay": weight_decay},
         {"params": [p for name, p in parameters.items() if name not in decayed], "weight_decay": 0.0},
@@ -142,10 +142,10 @@ def weight_groups(
 def learning_rate_factor(
     name: str, num_warmup_steps: int, num_training_steps: int, **kwargs: Any
 ) -> Callable[[int], float]:
-    """What a learning rate is multiplied by at each optimizer step, for a schedule of transformers.
+    """Return the factor of a learning rate as a function of the optimizer step, for a schedule of transformers.
 
     Args:
-        name: a `SchedulerType`, such as `"cosine"`, `"linear"` or `"constant_with_warmup"`.
+        name: name of a `SchedulerType`, such as `"cosine"`, `"linear"` or `"constant_with_warmup"`.
         kwargs: settings of that schedule.
 
     Raises:

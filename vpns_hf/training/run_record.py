@@ -30,13 +30,13 @@ def stage_folder(run_folder: Path, index: int, name: str) -> Path:
 
 @dataclass(frozen=True)
 class FinishedStage:
-    """A stage that ended.
+    """Record of a finished stage.
 
     Args:
-        name: its name.
-        steps: its optimizer steps.
-        metrics: what the evaluation after it gave; empty without one.
-        cost: what it has spent.
+        name: name of the stage.
+        steps: optimizer steps.
+        metrics: numbers of the evaluation after the stage; empty without one.
+        cost: cost of the stage.
     """
 
     name: str
@@ -56,12 +56,12 @@ class FinishedStage:
 
 @dataclass
 class RunRecord:
-    """The stages of a run that have ended, kept in `stages.json`, which is replaced atomically.
+    """Record of the finished stages of a run, saved in `stages.json`, which is replaced atomically.
 
     Args:
         folder: output folder of the run.
         settings: settings that a resumed run must have in common with it, see `run_settings`.
-        finished: the stages that ended, in order.
+        finished: finished stages, in order.
     """
 
     folder: Path
@@ -87,7 +87,7 @@ class RunRecord:
         """Write the record.
 
         Raises:
-            OSError: it cannot be written; the record that is there is untouched.
+            OSError: it cannot be written; an earlier record stays as it is.
         """
         content = {"settings": self.settings, "finished": [asdict(stage) for stage in self.finished]}
         temporary = self.folder / f"{STAGES_NAME}.tmp"
@@ -97,14 +97,14 @@ class RunRecord:
             os.replace(temporary, self.folder / STAGES_NAME)
 
     def remove_leftovers(self) -> None:
-        """Remove what a run that was killed in this folder had begun to write."""
+        """Remove unfinished files of a run that was killed in this folder."""
         for folder in [self.folder, *self.folder.glob("[0-9]*-*")]:
             for pattern in _LEFTOVERS:
                 for path in folder.glob(pattern):
                     remove(path)
 
     def finished_folder(self, name: str) -> Path:
-        """The folder of a stage that has ended.
+        """Return the folder of a finished stage.
 
         Raises:
             ValueError: no stage of that name has ended.
@@ -115,10 +115,10 @@ class RunRecord:
         return stage_folder(self.folder, names.index(name), name)
 
     def find_checkpoint(self, names: Sequence[str], resume_from_checkpoint: str | bool | None) -> Path | None:
-        """Where to resume; drops from the record what comes after that checkpoint.
+        """Find the checkpoint to resume from, and drop later stages from the record.
 
         Args:
-            names: of all stages of the run.
+            names: names of all stages of the run.
             resume_from_checkpoint: as for [`VPNsTrainer.train`].
 
         Raises:
@@ -130,7 +130,7 @@ class RunRecord:
         if not resume_from_checkpoint:
             if self.finished or any(self.folder.glob(f"*/{PREFIX_CHECKPOINT_DIR}-*")):
                 raise ValueError(
-                    f"{self.folder} holds an earlier run; pass `resume_from_checkpoint=True` to go on with it, or "
+                    f"{self.folder} holds an earlier run; pass `resume_from_checkpoint=True` to resume it, or "
                     "choose another `output_dir`."
                 )
             return None

@@ -145,7 +145,7 @@ class StageTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """One optimizer for each role of the stage, stepped as one."""
+        """Create one optimizer for each role of the stage, stepped as one."""
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))
             parts = {}
@@ -162,7 +162,7 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """One schedule a role, all functions of the optimizer step."""
+        """Create one schedule per role, all functions of the optimizer step."""
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
             factors = [
@@ -178,7 +178,7 @@ class StageTrainer(Trainer):
         return self.lr_scheduler
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """One batch forward and backward."""
+        """Run one batch forward and backward."""
         if not self.plan.batches.startswith("prompted"):
             inputs = {**inputs, "use_prompt": False}
         elif "use_prompt" not in inputs:
@@ -222,7 +222,7 @@ class StageTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the sparsity, the mask entries that changed since the last log and the prompt's largest value."""
+        """Log, and add the sparsity, the mask entries changed since the last log and the prompt's largest value."""
         if "train_loss" in logs:
             # Trainer's own is that of the steps since the run was resumed.
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
@@ -267,7 +267,7 @@ class StageTrainer(Trainer):
         return outputs[0]._replace(metrics=metrics)
 
     def _correct_loss(self, output: EvalLoopOutput, prefix: str) -> None:
-        """Compute the loss from the predictions of each image, as one process has it.
+        """Compute the loss from the predictions of each image, as one process does.
 
         On several processes the last batches are filled with images shown before, which Trainer's mean loss counts.
         """
@@ -293,7 +293,7 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._check_finite()
         folder, step = Path(self.args.output_dir), self.state.global_step
-        self._keep_losses()
+        self._save_losses()
         written = folder / UNFINISHED_CHECKPOINT / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         advice = "; earlier ones are as they were, so make room and pass `resume_from_checkpoint=True`"
         with writing(f"The checkpoint of step {step} in {folder}", written.parent, advice):
@@ -316,14 +316,14 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _check_finite(self) -> None:
-        """Raise before a model that is ruined takes the place of a good one."""
+        """Raise before a model that is not finite replaces a good checkpoint."""
         for name, parameter in self.model.named_parameters():
             local = sharding.local(parameter)
             if parameter.requires_grad and not local.isfinite().all():
                 raise self._diverged(self.state.global_step, f"{name} is not finite")
 
-    def _keep_losses(self) -> None:
-        """Put what was not logged yet into the checkpoint, so that a resumed run logs what this one would."""
+    def _save_losses(self) -> None:
+        """Save the losses that are not logged yet, so that a resumed run logs the same values."""
         counters = self.counters
         counters.logged_step, counters.logged_loss = self._globalstep_last_logged, self._total_loss_scalar
         counters.loss = self.accelerator.gather(self._tr_loss).mean().item()

@@ -285,11 +285,11 @@ class VPNsTrainer(StageTrainer):
 
     @property
     def finished_stages(self) -> list[FinishedStage]:
-        """The stages of the run in `args.output_dir` that have ended."""
+        """Return the finished stages of the run in `args.output_dir`."""
         return self._record().finished
 
     def load_stage(self, name: str) -> PromptedSparseModel:
-        """The model as a finished stage left it.
+        """Load the model of a finished stage.
 
         Raises:
             ValueError: no stage of that name has ended.
@@ -298,7 +298,7 @@ class VPNsTrainer(StageTrainer):
         return PromptedSparseModel.from_pretrained(folder).to(self.args.device)
 
     def logs(self) -> dict[str, list[dict[str, float]]]:
-        """What every finished stage logged, by stage name."""
+        """Return the log of every finished stage, by stage name."""
         record = self._record()
         paths = {stage.name: record.finished_folder(stage.name) / TRAINER_STATE_NAME for stage in record.finished}
         return {name: TrainerState.load_from_json(str(path)).log_history for name, path in paths.items()}
