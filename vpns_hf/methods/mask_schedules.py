@@ -358,7 +358,9 @@ def largest_weights(model: PromptedSparseModel, sparsity: float) -> dict[str, Te
 
 
 def cubic_sparsity(progress: float, initial: float, final: float) -> float:
-    """Compute the sparsity after a share of gradual pruning, `final + (initial - final) * (1 - progress)^3` (arXiv 1710.01878).
+    """Compute the sparsity after a share of gradual pruning (arXiv 1710.01878).
+
+    `final + (initial - final) * (1 - progress) ** 3`.
 
     Args:
         progress: in [0, 1].

@@ -28,9 +28,10 @@ class StageStart:
         model: model as the stage before left it.
         sparsity: sparsity of the stage, a fraction.
         seed: seed of the run.
-        calibration: function that returns batches of `pixel_values` and `labels`, balanced over the classes, not augmented.
-        first_state: function that returns the backbone's parameters and buffers as they were before the first stage after the
-            warm-up (see [`PromptedSparseModel.backbone_state`]).
+        calibration: function that returns batches of `pixel_values` and `labels`, balanced over the classes, not
+            augmented.
+        first_state: function that returns the backbone's parameters and buffers as they were before the first stage
+            after the warm-up (see [`PromptedSparseModel.backbone_state`]).
         loss: loss of logits and labels that scores follow; None: the model's own.
     """
 

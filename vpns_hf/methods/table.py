@@ -212,8 +212,9 @@ MASK_ALONE = ":mask"
 
 
 def get_method(name: str) -> Method:
-    """Look up a method. `"<name>+prompt"` is the method with a prompt in its last stage, `"<name>:mask"` the part of it
-    that finds the mask.
+    """Look up a method by its name.
+
+    `"<name>+prompt"` is the method with a prompt in its last stage, `"<name>:mask"` the part that finds the mask.
 
     Raises:
         ValueError: there is none, or it has a prompt already, or trains nothing in its last stage, or finds no mask.

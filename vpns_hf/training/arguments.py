@@ -22,8 +22,9 @@ EVAL_PROMPTS = ("without", "with", "both")
 
 @dataclass
 class VPNsTrainingArguments(TrainingArguments):
-    """Set the arguments of [`VPNsTrainer`]: all of [`~transformers.TrainingArguments`], which apply to the tune stage and,
-    where nothing else is said, to every stage, and those below. `max_steps` bounds every stage;
+    """Set the arguments of [`VPNsTrainer`]: all of [`~transformers.TrainingArguments`], and those below.
+
+    The former apply to the tune stage and, where nothing else is said, to every stage. `max_steps` bounds every stage;
     `load_best_model_at_end` applies to the last stage alone.
 
     Defaults that differ from Trainer's: SGD with momentum, cosine schedule, weight decay 1e-4, no gradient clipping
@@ -130,9 +131,7 @@ class VPNsTrainingArguments(TrainingArguments):
     )
     restore_callback_states_from_checkpoint: bool = field(
         default=True,
-        metadata={
-            "help": "Restore the callbacks' states when resuming, so that logs continue as in an uninterrupted run."
-        },
+        metadata={"help": "Restore the callbacks' states when resuming, so that logs continue as if uninterrupted."},
     )
 
     def __post_init__(self) -> None:
