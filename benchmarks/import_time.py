@@ -4,17 +4,19 @@
 
 The reference is `import torch, transformers` with `PreTrainedModel` and `AutoModelForImageClassification`, which
 anybody pays who loads a model. The same again with the trainer: `vpns_hf.VPNsTrainer` against `transformers.Trainer`.
-Files are in the disk cache, from one round that does not count. Seconds are medians, ratios those of each round.
+Seconds are those that a process computes, user and system together, so that other work on the machine counts little;
+files are in the disk cache, from a round that does not count. Shown are medians, and ratios within each round.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
 
-from common import ratio_cells, time_in_turns, write_table
+from common import ratio_cells, write_table
 
 MODEL = "import torch, transformers; transformers.PreTrainedModel, transformers.AutoModelForImageClassification"
 TRAINER = f"{MODEL}; transformers.Trainer, transformers.TrainingArguments"
@@ -35,22 +37,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
-    samples = time_in_turns({name: lambda code=code: start(code) for name, code in PROGRAMS.items()}, args.repeats)
+    rounds = [{name: seconds(code) for name, code in PROGRAMS.items()} for _ in range(args.repeats + 1)]
+    samples = {name: [each[name] for each in rounds[1:]] for name in PROGRAMS}
     rows = [
         (
             name,
-            f"{statistics.median(seconds):.2f}",
-            *(ratio_cells(seconds, samples[REFERENCES[name][0]]) if name in REFERENCES else ("", "")),
+            f"{statistics.median(times):.2f}",
+            *(ratio_cells(times, samples[REFERENCES[name][0]]) if name in REFERENCES else ("", "")),
             REFERENCES.get(name, ("", ""))[1],
         )
-        for name, seconds in samples.items()
+        for name, times in samples.items()
     ]
     write_table("import_time", __doc__ or "", ("imported", "seconds", "ratio", "rounds", "target"), rows)
 
 
-def start(program: str) -> None:
-    """Run a program in a fresh interpreter."""
+def seconds(program: str) -> float:
+    """Run a program in a fresh interpreter and return its processor time."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 if __name__ == "__main__":

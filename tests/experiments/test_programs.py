@@ -32,15 +32,11 @@ def test_prune(task):
     settings = dict(references=["omp"], eval_strategy="epoch")
     script, command = both(task, "prune_vit.py", **settings)
     assert files(script) == files(command)
-    for name in (
-        "model.safetensors",
-        "metrics.json",
-        "results.md",
-        "README.md",
-        "sparsity_report.json",
-        "omp/config.json",
-    ):
+    for name in ("model.safetensors", "results.md", "README.md", "sparsity_report.json", "omp/config.json"):
         assert (script / name).read_bytes() == (command / name).read_bytes(), name
+    ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (script, command))
+    assert ours["test"] == theirs["test"]
+    assert [row["name"] for row in ours["test"]] == ["omp after tuning", "vpns before tuning", "vpns after tuning"]
 
 
 def test_compare(task):
