@@ -24,7 +24,7 @@ from vpns_hf.data.splits import SplitView, StoredRows
 
 SIZE = {"height": 16, "width": 16}
 TRANSFORMS = [
-    ImageTransforms(processor, (16, 16), (0.5,) * 3, (0.5,) * 3, augmentation)
+    ImageTransforms(processor, (16, 16), processor.image_mean, processor.image_std, augmentation)
     for processor, augmentation in (
         (ViTImageProcessor(size=SIZE), "paper"),
         (CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=SIZE), "randaugment"),
@@ -83,7 +83,11 @@ class TestUsableRGB:
     def test_16_bit_colour_keeps_its_upper_bits_as_in_a_pipeline(self):
         """A PNG of one pixel, 16 bits per channel, written by hand."""
         pixel = struct.pack(">3H", 0x1234, 0x80FF, 0xFFFF)
-        chunks = (b"IHDR" + struct.pack(">2I5B", 1, 1, 16, 2, 0, 0, 0), b"IDAT" + zlib.compress(b"\0" + pixel), b"IEND")
+        chunks = (
+            b"IHDR" + struct.pack(">2I5B", 1, 1, 16, 2, 0, 0, 0),
+            b"IDAT" + zlib.compress(b"\0" + pixel),
+            b"IEND",
+        )
         content = b"\x89PNG\r\n\x1a\n" + b"".join(
             struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image as PILImage
 from torchvision.transforms import v2
 from transformers import BaseImageProcessor, TimmWrapperImageProcessor, ViTImageProcessor
 
+from ..pixels import PixelMap, measure_pixels
 from .images import RGB_IMAGE, CorruptImageError, usable_rgb
 from .splits import SplitView, StoredRows
 
@@ -41,8 +42,12 @@ class ImageTransforms:
         std: standard deviation of each channel, for images in [0, 1].
         augmentation: key of `AUGMENTATIONS`.
 
+    The training view follows the image processor's channel order, scale and border, which are measured on plain
+    images when the transforms are built.
+
     Raises:
-        ValueError: if there is no such augmentation.
+        ValueError: if there is no such augmentation, the model has other than three channels, or the image processor
+            makes images of another size, normalisation or border than the training view.
     """
 
     image_processor: BaseImageProcessor
@@ -54,6 +59,35 @@ class ImageTransforms:
     def __post_init__(self) -> None:
         if self.augmentation not in AUGMENTATIONS:
             raise ValueError(f"augmentation is '{self.augmentation}': expected one of {', '.join(AUGMENTATIONS)}.")
+        if not len(self.mean) == len(self.std) == 3:
+            raise ValueError(
+                f"The model takes images of {len(self.mean)} channels, and image processors and pipelines make RGB: "
+                "use a backbone with 3 channels, or transforms of your own for a data set of your own."
+            )
+        self._check_views()
+
+    def _check_views(self) -> None:
+        pixels, name = self._pixels, type(self.image_processor).__name__
+        if pixels.size != tuple(self.image_size):
+            raise ValueError(
+                f"{name} makes images of {_size(pixels.size)} pixels and the model takes {_size(self.image_size)}: "
+                "give the image processor the size of the model."
+            )
+        if not pixels.agrees(self.mean, self.std):
+            raise ValueError(
+                f"{name} normalises images with mean {list(pixels.mean)} and std {list(pixels.std)} in effect, and "
+                f"the model expects mean {list(self.mean)} and std {list(self.std)}: build the model with the first "
+                "two as image_mean and image_std, or choose an image processor with the last two."
+            )
+        if pixels.letterboxes and AUGMENTATIONS[self.augmentation] is not None:
+            raise ValueError(
+                f"{name} adds borders to images of another aspect ratio, which the training view stretches: choose "
+                "augmentation 'none', or an image processor that resizes or crops."
+            )
+
+    @cached_property
+    def _pixels(self) -> PixelMap:
+        return measure_pixels(self.image_processor, self.image_size)
 
     def train(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Augment; as the paper does: resize to 9/8 of the size, crop at random, flip at random, normalise.
@@ -98,21 +132,32 @@ class ImageTransforms:
 
     @property
     def _train_size(self) -> tuple[int, int]:
-        height, width = self.image_size
+        height, width = self._content_size
         return height * 9 // 8, width * 9 // 8
+
+    @property
+    def _content_size(self) -> tuple[int, int]:
+        """Height and width of the image inside the processor's border."""
+        (height, width), (left, top, right, bottom) = self.image_size, self._pixels.padding
+        return height - top - bottom, width - left - right
 
     @cached_property
     def _augment(self) -> v2.Compose:
         further = AUGMENTATIONS[self.augmentation]
+        pixels = self._pixels
+        reordered = [v2.Lambda(partial(_reorder, order=pixels.order))] if pixels.order != (0, 1, 2) else []
+        bordered = [v2.Pad(list(pixels.padding), fill=list(pixels.border))] if any(pixels.padding) else []
         return v2.Compose(
             [
                 v2.Resize(self._train_size),
-                v2.RandomCrop(self.image_size),
+                v2.RandomCrop(self._content_size),
                 v2.RandomHorizontalFlip(),
                 *(further() if further else ()),
                 v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
+                *reordered,
                 v2.Normalize(list(self.mean), list(self.std)),
+                *bordered,
             ]
         )
 
@@ -179,6 +224,10 @@ class ImageTransforms:
         return torch.equal(direct, later)
 
 
+def _reorder(pixels: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    return pixels[list(order)]
+
+
 def _resized_for_training(image: PILImage.Image, size: tuple[int, int]) -> PILImage.Image:
     return v2.functional.resize(image, list(size))
 
@@ -229,17 +278,26 @@ def _resize_batch(
 def matching_image_processor(
     processor: BaseImageProcessor | None, image_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
 ) -> BaseImageProcessor:
-    """The processor itself if it saves itself and gives images of this size; else a `ViTImageProcessor` that does.
+    """Return the processor itself if it saves itself and makes the images of the model; else a `ViTImageProcessor`.
 
     Args:
         processor: a backbone's image processor, or None. timm's is replaced, because it cannot be saved on its own.
         image_size: (height, width) in pixels.
-        mean, std: normalisation, one value a channel.
+        mean, std: normalisation, one value per channel.
+
+    Raises:
+        ValueError: if the processor would have to be replaced and flips channels, which no other one does.
     """
     if processor is not None and not isinstance(processor, TimmWrapperImageProcessor):
-        sample = PILImage.new("RGB", (image_size[1] + 1, image_size[0] + 1))
-        if tuple(processor(sample, return_tensors="pt")["pixel_values"].shape[-2:]) == tuple(image_size):
+        pixels = measure_pixels(processor, image_size)
+        if pixels.size == tuple(image_size) and pixels.agrees(mean, std):
             return processor
+        if pixels.order != (0, 1, 2):
+            raise ValueError(
+                f"{type(processor).__name__} flips the colour channels and makes images of {_size(pixels.size)} "
+                f"pixels with mean {list(pixels.mean)} and std {list(pixels.std)}: give it the model's size "
+                f"({_size(image_size)}), mean ({list(mean)}) and std ({list(std)})."
+            )
     height, width = image_size
     return ViTImageProcessor(size={"height": height, "width": width}, image_mean=list(mean), image_std=list(std))
 
