@@ -1,7 +1,7 @@
-"""Metrics, as `evaluate` modules that need neither a network nor a cache folder; a new one is one entry in `METRICS`.
+"""Compute metrics, as `evaluate` modules that need neither a network nor a cache folder.
 
-They are computed from all predictions at once. On several processes Trainer gathers these first and drops what was
-repeated to fill the last batch, so that the numbers are those of one process.
+A new metric is one entry in `METRICS`. Metrics are computed from all predictions at once: on several processes Trainer
+gathers them first and drops the repeats that filled the last batch, so that the numbers equal those of one process.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ CALIBRATION_BINS = 15
 
 
 class _Metric(evaluate.Metric):
-    """Base: kept in memory; its name, what it is in one sentence, and what its predictions are."""
+    """Define a metric in memory by its name, its description and the kind of its predictions."""
 
     metric_name: ClassVar[str]
     description_text: ClassVar[str]
     takes: ClassVar[Literal["classes", "logits", "probabilities"]] = "classes"
 
     def __init__(self) -> None:
-        # Nothing is written, but evaluate makes its folder first, and the usual cache may be read-only.
+        # Nothing is written, but evaluate creates its folder first, and the usual cache may be read-only.
         super().__init__(keep_in_memory=True, cache_dir=tempfile.gettempdir())
 
     def _info(self) -> evaluate.MetricInfo:
@@ -52,12 +52,12 @@ class _Metric(evaluate.Metric):
 
     @staticmethod
     def measure(predictions: np.ndarray, references: np.ndarray) -> float:
-        """The number itself, from arrays as `takes` says and true classes [n]."""
+        """Compute the metric from predictions of kind `takes` and true classes [n]."""
         raise NotImplementedError
 
 
 class Accuracy(_Metric):
-    """Share of predicted classes that are right: `Accuracy().compute(predictions=[...], references=[...])`.
+    """Compute the share of correct predictions: `Accuracy().compute(predictions=[...], references=[...])`.
 
     The same metric as `evaluate.load("accuracy")`, which would have to be downloaded.
     """
@@ -67,12 +67,12 @@ class Accuracy(_Metric):
 
     @staticmethod
     def measure(predictions: np.ndarray, references: np.ndarray) -> float:
-        """The share of equal entries of two vectors of classes [n]."""
+        """Compute the share of equal entries of two vectors of classes [n]."""
         return float(accuracy_score(references, predictions))
 
 
 class MeanPerClassAccuracy(_Metric):
-    """Accuracy within each class, averaged over the classes that have images, whatever their number.
+    """Average the accuracy within each class, equally over the classes that have images.
 
     The metric of Flowers102 and Oxford-IIIT Pet in most transfer studies; scikit-learn's balanced accuracy.
     """
@@ -82,12 +82,12 @@ class MeanPerClassAccuracy(_Metric):
 
     @staticmethod
     def measure(predictions: np.ndarray, references: np.ndarray) -> float:
-        """The mean recall, from two vectors of classes [n]."""
+        """Compute the mean recall from two vectors of classes [n]."""
         return float(recall_score(references, predictions, labels=np.unique(references), average="macro"))
 
 
 class Top5Accuracy(_Metric):
-    """Share of images whose class is among the five largest logits; 1 with up to five classes.
+    """Compute the share of images whose class is among the five largest logits; 1 with up to five classes.
 
     Of equal logits the one of the smaller class number counts as larger, as in `argmax`.
     """
@@ -98,19 +98,19 @@ class Top5Accuracy(_Metric):
 
     @staticmethod
     def measure(predictions: np.ndarray, references: np.ndarray) -> float:
-        """The share of rows of logits [n, classes] whose true class [n] is among the five largest."""
+        """Compute the share of rows of logits [n, classes] whose true class [n] is among the five largest."""
         true = np.take_along_axis(predictions, references[:, None], axis=1)
         is_earlier = np.arange(predictions.shape[1]) < references[:, None]
-        # Asked this way round, a row of NaN is wrong.
+        # In this direction of the comparison a row of NaN is wrong.
         behind = (predictions < true) | ((predictions == true) & ~is_earlier)
         return float(np.mean((~behind).sum(axis=1) < 5))
 
 
 class ExpectedCalibrationError(_Metric):
-    """How far confidence is from accuracy: 15 bins of equal width, weighted by their images (arXiv 1706.04599).
+    """Compare confidence with accuracy over 15 bins of equal width, weighted by their images (arXiv 1706.04599).
 
-    The confidence of an image is its largest probability. The bins part (0, 1], each open below and closed above; the
-    error is the mean over all images of |accuracy - mean confidence| of their bin, in [0, 1].
+    The confidence of an image is its largest probability. The bins divide (0, 1], each open below and closed above;
+    the error is the mean over all images of |accuracy - mean confidence| of their bin, in [0, 1].
     """
 
     metric_name = "expected_calibration_error"
@@ -119,7 +119,7 @@ class ExpectedCalibrationError(_Metric):
 
     @staticmethod
     def measure(predictions: np.ndarray, references: np.ndarray) -> float:
-        """The error of class probabilities [n, classes] for true classes [n]."""
+        """Compute the error of class probabilities [n, classes] for true classes [n]."""
         confidences = predictions.max(axis=1).astype(np.float64)
         gaps = (predictions.argmax(axis=1) == references) - confidences
         bins = np.digitize(confidences, np.linspace(0, 1, CALIBRATION_BINS + 1)[1:-1], right=True)
@@ -132,7 +132,7 @@ METRICS: dict[str, type[_Metric]] = {
 
 
 def get_metric(name: str) -> type[_Metric]:
-    """The metric of that name.
+    """Look up a metric by its name.
 
     Raises:
         ValueError: there is none.
@@ -147,20 +147,20 @@ def _logits(predictions: Any) -> np.ndarray:
 
 
 def predicted_classes(predictions: Any) -> np.ndarray:
-    """Classes [n] with the largest logit, of what Trainer predicts: logits [n, classes] or a tuple of them first."""
+    """Take the class of the largest logit, [n], of logits [n, classes] or of a tuple that starts with them."""
     return _logits(predictions).argmax(axis=-1)
 
 
 def compute_metrics(eval_prediction: EvalPrediction, names: Sequence[str] = ("accuracy",)) -> dict[str, float]:
-    """Metrics for `Trainer(compute_metrics=...)`; bind other names with `functools.partial`.
+    """Compute metrics for `Trainer(compute_metrics=...)`; bind other names with `functools.partial`.
 
     Args:
-        eval_prediction: logits [n, classes] (or a tuple that starts with them) and true classes [n], or class
+        eval_prediction: logits [n, classes] (or a tuple that starts with them), and true classes [n] or class
             probabilities [n, classes], of which the largest counts.
-        names: of `METRICS`.
+        names: keys of `METRICS`.
 
     Returns:
-        Each metric under its name.
+        Name -> value of each metric.
     """
     logits = _logits(eval_prediction.predictions)
     references = np.asarray(eval_prediction.label_ids)

@@ -1,4 +1,4 @@
-"""Measure which pixel values an image processor makes, whatever its settings call them."""
+"""Measure the pixel values that an image processor makes, independent of its settings."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _COLOURS = np.array([(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0
 
 @dataclass(frozen=True)
 class PixelMap:
-    """The map from RGB in [0, 1] to the values that an image processor makes: `(rgb[order] - mean) / std`.
+    """Describe the values that an image processor makes of RGB in [0, 1]: `(rgb[order] - mean) / std`.
 
     Args:
         mean: mean of each output channel, for images in [0, 1].
         std: standard deviation of each output channel, for images in [0, 1].
         order: input channel of each output channel, (0, 1, 2) for RGB and (2, 1, 0) for BGR.
         size: height and width of the output for an image of the size asked for.
-        padding: left, top, right and bottom border that is added to such an image.
+        padding: left, top, right and bottom border of such an output.
         border: value of each output channel in such a border.
-        letterboxes: whether only images of another aspect ratio get a border.
+        letterboxes: border around images of another aspect ratio only.
     """
 
     mean: tuple[float, ...]
@@ -38,7 +38,7 @@ class PixelMap:
     letterboxes: bool
 
     def agrees(self, mean: Sequence[float], std: Sequence[float]) -> bool:
-        """Whether black and white get the values that `(rgb - mean) / std` gives them, within a grey level."""
+        """Compare the values of black and white with those of `(rgb - mean) / std`, within a grey level."""
         if not len(mean) == len(std) == len(self.mean):
             return False
         (m, s), (own_mean, own_std) = np.array([mean, std], float), np.array([self.mean, self.std])
@@ -59,7 +59,7 @@ def measure_pixels(processor: BaseImageProcessor, image_size: Sequence[int]) -> 
         The map, with the processor's own `image_mean` and `image_std` where they agree with it.
 
     Raises:
-        ValueError: if the processor makes no `pixel_values` of three channels, or they do not follow from each pixel
+        ValueError: the processor makes no `pixel_values` of three channels, or they do not follow from each pixel
             by a scale and an offset per channel.
     """
     height, width = image_size
@@ -114,14 +114,14 @@ def _outputs(processor: BaseImageProcessor, colours: np.ndarray, height: int, wi
 
 
 def _is_border(image: torch.Tensor, std: np.ndarray) -> torch.Tensor:
-    """Which pixels of a processed plain image are not of its colour: bool [height, width]."""
+    """Find the pixels of a processed plain image that do not have its colour: bool [height, width]."""
     centre = image[:, image.shape[1] // 2, image.shape[2] // 2]
     difference = (image - centre[:, None, None]).abs() * torch.tensor(std, dtype=image.dtype)[:, None, None]
     return (difference > TOLERANCE).any(dim=0)
 
 
 def _padding(is_border: torch.Tensor) -> tuple[int, int, int, int]:
-    """Width of the border on the left, top, right and bottom."""
+    """Measure the border on the left, top, right and bottom."""
     rows, columns = ((~is_border).any(dim).nonzero().flatten() for dim in (1, 0))
     height, width = is_border.shape
     return int(columns[0]), int(rows[0]), width - 1 - int(columns[-1]), height - 1 - int(rows[-1])

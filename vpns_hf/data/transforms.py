@@ -1,4 +1,4 @@
-"""Image transforms: the views of an image that a model is trained on and evaluated with."""
+"""Transform images into the views that a model is trained on and evaluated with."""
 
 from __future__ import annotations
 
@@ -25,28 +25,26 @@ AUGMENTATIONS: dict[str, Callable[[], list[Any]] | None] = {
     "trivialaugment": lambda: [v2.TrivialAugmentWide()],
     "none": None,
 }
-"""What follows on resizing to 9/8 of the size, random crop and random flip, by name: nothing more in the paper's own
-augmentation. With `none` there is no crop and flip either: training images are as in evaluation."""
+"""Augmentations by name, applied after resizing to 9/8 of the size, random crop and random flip: none further in the
+paper's own. `none` omits crop and flip as well: training images equal those of evaluation."""
 
 
 @dataclass(frozen=True)
 class ImageTransforms:
-    """The two views of an image: augmented for training, and as the image processor makes it.
+    """Transform an image into two views: augmented for training, and as the image processor makes it.
 
-    Both methods take and return a batch, as `datasets` wants it: `dataset.with_transform(transforms.train)`.
+    Both methods map batches, for `dataset.with_transform(transforms.train)`. The training view follows the image
+    processor's channel order, scale and border, which are measured on plain images when the transforms are built.
 
     Args:
         image_processor: image processor of the backbone, of any backend.
-        image_size: height and width of the images that the backbone takes.
+        image_size: height and width of the backbone's input.
         mean: mean of each channel, for images in [0, 1].
         std: standard deviation of each channel, for images in [0, 1].
         augmentation: key of `AUGMENTATIONS`.
 
-    The training view follows the image processor's channel order, scale and border, which are measured on plain
-    images when the transforms are built.
-
     Raises:
-        ValueError: if there is no such augmentation, the model has other than three channels, or the image processor
+        ValueError: there is no such augmentation, the model has other than three channels, or the image processor
             makes images of another size, normalisation or border than the training view.
     """
 
@@ -90,33 +88,33 @@ class ImageTransforms:
         return measure_pixels(self.image_processor, self.image_size)
 
     def train(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Augment; as the paper does: resize to 9/8 of the size, crop at random, flip at random, normalise.
+        """Augment a batch as the paper does: resize to 9/8 of the size, crop and flip at random, normalise.
 
         Args:
-            batch: `image`, a list of n PIL images, and `label`, if there are labels. The draws are torch's own.
+            batch: `image`, a list of n PIL images, and optionally `label`. Random numbers are drawn from torch.
 
         Returns:
             `pixel_values`, a float tensor [n, 3, height, width], and `labels`.
 
         Raises:
-            CorruptImageError: if an image cannot be used.
+            CorruptImageError: an image cannot be used.
         """
         if AUGMENTATIONS[self.augmentation] is None:
             return self.eval(batch)
         return _features(torch.stack([self._augment(usable_rgb(image)) for image in batch["image"]]), batch)
 
     def eval(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Do exactly what the image processor does, as the image-classification pipeline would.
+        """Process a batch exactly as the image-classification pipeline would.
 
         Args:
-            batch: `image`, a list of n PIL images, and `label`, if there are labels.
+            batch: `image`, a list of n PIL images, and optionally `label`.
 
         Returns:
             `pixel_values`, a float tensor [n, 3, height, width], and `labels`.
 
         Raises:
-            CorruptImageError: if an image cannot be used.
-            ValueError: if the image processor makes images of another size than `image_size`.
+            CorruptImageError: an image cannot be used.
+            ValueError: the image processor makes images of another size than `image_size`.
         """
         return self._process(batch)
 
@@ -137,7 +135,7 @@ class ImageTransforms:
 
     @property
     def _content_size(self) -> tuple[int, int]:
-        """Height and width of the image inside the processor's border."""
+        """Compute height and width of the image inside the processor's border."""
         (height, width), (left, top, right, bottom) = self.image_size, self._pixels.padding
         return height - top - bottom, width - left - right
 
@@ -164,15 +162,15 @@ class ImageTransforms:
     # Resized copies --------------------------------------------------------------------------------------------------
 
     def cached_train_view(self, split: Dataset, rows: StoredRows, num_proc: int | None = None) -> SplitView:
-        """The view of `train`, bit for bit, from copies that are kept at 9/8 of the size.
+        """Build the view of `train`, bit for bit, from cached copies at 9/8 of the size.
 
-        The copies are made once and kept by `datasets` beside its other files, uncompressed: about 190 kB each for a
-        size of 224. Another size or another Pillow makes other copies.
+        `datasets` resizes once and caches the copies uncompressed: about 190 kB each for a size of 224. Another size
+        or version of Pillow makes other copies.
 
         Args:
-            split: a split of `load_transfer_dataset`.
-            rows: where its images come from.
-            num_proc: processes that make the copies.
+            split: split of `load_transfer_dataset`.
+            rows: stored rows of its images.
+            num_proc: number of processes that resize.
 
         Returns:
             The view, for a trainer.
@@ -183,18 +181,18 @@ class ImageTransforms:
         return SplitView(copies.with_transform(self.train), rows)
 
     def cached_eval_view(self, split: Dataset, rows: StoredRows, num_proc: int | None = None) -> SplitView:
-        """The view of `eval`, bit for bit, from copies that the image processor has resized and cropped.
+        """Build the view of `eval`, bit for bit, from cached copies that the image processor has resized and cropped.
 
         Args:
-            split: a split of `load_transfer_dataset`.
-            rows: where its images come from.
-            num_proc: processes that make the copies.
+            split: split of `load_transfer_dataset`.
+            rows: stored rows of its images.
+            num_proc: number of processes that resize.
 
         Returns:
             The view, for a trainer.
 
         Raises:
-            ValueError: if the image processor cannot resize and normalise in two steps.
+            ValueError: the image processor cannot resize and normalise in two steps.
         """
         self._check_two_steps()
         copies = _resized_copies(split, rows, num_proc, _resized_for_eval, processor=self.image_processor)
@@ -211,7 +209,7 @@ class ImageTransforms:
             )
 
     def _is_two_steps(self) -> bool:
-        """Whether the image processor gives the same pixels when it resizes first and normalises later."""
+        """Compare resizing first and normalising later with the image processor's single step."""
         height, width = self.image_size
         noise = np.random.RandomState(0).randint(0, 256, (2 * height + 1, width + 3, 3), dtype=np.uint8)
         image = PILImage.fromarray(noise)
@@ -240,7 +238,7 @@ def _resized_for_eval(image: PILImage.Image, processor: BaseImageProcessor) -> P
 def _resized_copies(
     split: Dataset, rows: StoredRows, num_proc: int | None, resize: Callable[..., PILImage.Image], **settings: Any
 ) -> Dataset:
-    """The split with its images resized, kept by `datasets` under a fingerprint of all that they depend on."""
+    """Resize the images of a split; `datasets` caches them under a fingerprint of all that they depend on."""
     return split.cast_column("image", Image(decode=False)).map(
         _resize_batch,
         with_indices=True,
@@ -261,7 +259,7 @@ def _resize_batch(
     settings: Mapping[str, Any],
     pillow: str,
 ) -> dict[str, Any]:
-    """Resize stored images and store them again; the version of Pillow only tells one cache from another."""
+    """Resize and re-encode stored images; the version of Pillow only distinguishes caches."""
     copies = []
     for stored, index in zip(batch["image"], indices, strict=True):
         try:
@@ -281,12 +279,12 @@ def matching_image_processor(
     """Return the processor itself if it saves itself and makes the images of the model; else a `ViTImageProcessor`.
 
     Args:
-        processor: a backbone's image processor, or None. timm's is replaced, because it cannot be saved on its own.
-        image_size: (height, width) in pixels.
-        mean, std: normalisation, one value per channel.
+        processor: image processor of a backbone, or None. timm's is replaced, because it cannot be saved on its own.
+        image_size: (height, width) of the model's input in pixels.
+        mean, std: normalisation of the model, one value per channel.
 
     Raises:
-        ValueError: if the processor would have to be replaced and flips channels, which no other one does.
+        ValueError: the processor does not match and flips channels, which its replacement would not.
     """
     if processor is not None and not isinstance(processor, TimmWrapperImageProcessor):
         pixels = measure_pixels(processor, image_size)
