@@ -241,7 +241,7 @@ class TestLoading:
             load_transfer_dataset(in_memory(["a"] * 20 + ["rare"]))
         with pytest.raises(
             ValueError,
-            match=r"Carving 1 of 10 .* less than one image a class for 3 classes \(the smallest is 'c' with 2\)",
+            match=r"Carving 1 of 10 .* less than one image per class for 3 classes \(the smallest is 'c' with 2\)",
         ):
             load_transfer_dataset(in_memory(["a"] * 5 + ["b"] * 3 + ["c"] * 2))
         with pytest.raises(ValueError, match="expected a share between 0 and 1"):

@@ -24,7 +24,7 @@ from vpns_hf.data.splits import SplitView, StoredRows
 
 SIZE = {"height": 16, "width": 16}
 TRANSFORMS = [
-    ImageTransforms(processor, (16, 16), (0.5,) * 3, (0.5,) * 3, augmentation)
+    ImageTransforms(processor, (16, 16), processor.image_mean, processor.image_std, augmentation)
     for processor, augmentation in (
         (ViTImageProcessor(size=SIZE), "paper"),
         (CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=SIZE), "randaugment"),

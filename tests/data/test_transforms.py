@@ -16,7 +16,10 @@ from transformers import (
     AutoModelForImageClassification,
     CLIPImageProcessor,
     ConvNextImageProcessor,
+    DonutImageProcessor,
     EfficientNetImageProcessor,
+    MobileViTImageProcessor,
+    PPLCNetImageProcessor,
     TimmWrapperImageProcessor,
     ViTConfig,
     ViTForImageClassification,
@@ -28,6 +31,7 @@ from transformers import (
 from vpns_hf import PromptedSparseModel, VPNsTrainer, VPNsTrainingArguments
 from vpns_hf.data import CorruptImageError, ImageTransforms, load_transfer_dataset, matching_image_processor
 from vpns_hf.data.transforms import AUGMENTATIONS
+from vpns_hf.pixels import measure_pixels
 
 
 def timm_processor(height: int = 16, width: int = 16) -> TimmWrapperImageProcessor:
@@ -59,7 +63,9 @@ class TestTransforms:
 
     def test_train_view_of_a_flat_image_is_its_normalised_colour(self):
         image = Image.new("RGB", (30, 20), (51, 102, 204))
-        transforms = ImageTransforms(ViTImageProcessor(), (8, 8), (0.1, 0.2, 0.3), (0.5, 0.25, 0.2))
+        mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 0.2)
+        processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=mean, image_std=std)
+        transforms = ImageTransforms(processor, (8, 8), mean, std)
         view = transforms.train({"image": [image]})["pixel_values"][0]
         expected = torch.tensor([(0.2 - 0.1) / 0.5, (0.4 - 0.2) / 0.25, (0.8 - 0.3) / 0.2])
         torch.testing.assert_close(view, expected[:, None, None].expand(3, 8, 8))
@@ -81,7 +87,9 @@ class TestTransforms:
         model.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["pixel_values"]), with_kwargs=True)
         images = [picture(0), picture(1, "L", (28, 28)), picture(2, size=(40, 17)), picture(3, "P")]
         pipeline("image-classification", model=model, image_processor=processor)(images)
-        batch = ImageTransforms(processor, (16, 16), (0.5,) * 3, (0.5,) * 3).eval({"image": images, "label": [0] * 4})
+        pixels = measure_pixels(processor, (16, 16))
+        transforms = ImageTransforms(processor, (16, 16), pixels.mean, pixels.std)
+        batch = transforms.eval({"image": images, "label": [0] * 4})
         assert torch.equal(batch["pixel_values"], torch.cat(fed).cpu())
         assert torch.equal(
             batch["pixel_values"], processor([i.convert("RGB") for i in images], return_tensors="pt")["pixel_values"]
@@ -89,10 +97,10 @@ class TestTransforms:
         assert batch["labels"] == [0] * 4
 
     def test_eval_view_of_another_size_is_refused(self):
-        transforms = ImageTransforms(
-            ViTImageProcessor(size={"height": 8, "width": 8}), (16, 16), (0.5,) * 3, (0.5,) * 3
-        )
         with pytest.raises(ValueError, match="makes images of 8 x 8 pixels and the model takes 16 x 16"):
+            ImageTransforms(ViTImageProcessor(size={"height": 8, "width": 8}), (16, 16), (0.5,) * 3, (0.5,) * 3)
+        transforms = ImageTransforms(ViTImageProcessor(do_resize=False), (16, 16), (0.5,) * 3, (0.5,) * 3)
+        with pytest.raises(ValueError, match="makes images of 8 x 10 pixels and the model takes 16 x 16"):
             transforms.eval({"image": [picture(0)]})
 
     def test_views_of_a_data_set(self):
@@ -132,6 +140,72 @@ class TestTransforms:
             ImageTransforms(processor, (16, 16), (0.5,) * 3, (0.5,) * 3, "cutmix")
 
 
+SIDE = {"height": 16, "width": 16}
+UNUSUAL = {
+    "flipped": (lambda: MobileViTImageProcessor(size={"shortest_edge": 16}, crop_size=SIDE), (0,) * 3, (1,) * 3),
+    "flipped and normalised": (
+        lambda: PPLCNetImageProcessor(size=SIDE, crop_size=SIDE, resize_short=16),
+        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225),
+    ),
+    "border": (lambda: MobileViTImageProcessor(size={"shortest_edge": 12}, crop_size=SIDE), (0,) * 3, (1,) * 3),
+    "border of another value": (
+        lambda: CLIPImageProcessor(
+            size={"shortest_edge": 12}, crop_size=SIDE, image_mean=[0.5] * 3, image_std=[1.0] * 3
+        ),
+        (0.5,) * 3, (1,) * 3,
+    ),
+    "twice normalised": (lambda: EfficientNetImageProcessor(size=SIDE), (0.5,) * 3, (0.25,) * 3),
+    "not normalised": (lambda: ViTImageProcessor(size=SIDE, do_normalize=False), (0,) * 3, (1,) * 3),
+    "rescaled to 0..2": (lambda: ViTImageProcessor(size=SIDE, rescale_factor=1 / 127.5), (0.25,) * 3, (0.25,) * 3),
+    "not rescaled": (
+        lambda: ViTImageProcessor(size=SIDE, do_rescale=False, do_normalize=False), (0,) * 3, (1 / 255,) * 3
+    ),
+}  # fmt: skip
+
+
+class TestUnusualProcessors:
+    """The training view follows the image processor, or is refused."""
+
+    @pytest.mark.parametrize("name", UNUSUAL)
+    @pytest.mark.parametrize("colour", [(200, 100, 20), (0, 0, 0), (255, 255, 255), (3, 250, 90)])
+    def test_both_views_of_a_plain_image_are_equal(self, name, colour):
+        build, mean, std = UNUSUAL[name]
+        transforms = pickle.loads(pickle.dumps(ImageTransforms(build(), (16, 16), mean, std)))
+        batch = {"image": [Image.new("RGB", (40, 40), colour)]}
+        train, plain = (view(batch)["pixel_values"] for view in (transforms.train, transforms.eval))
+        torch.testing.assert_close(train, plain.float(), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("name", UNUSUAL)
+    def test_the_stated_normalisation_is_refused(self, name):
+        processor, mean, std = UNUSUAL[name][0](), *UNUSUAL[name][1:]
+        other = [value + 0.05 for value in mean]
+        with pytest.raises(ValueError, match=r"normalises images with mean .* in effect, and the model expects mean"):
+            ImageTransforms(processor, (16, 16), other, std)
+
+    def test_letterboxes_are_refused_where_training_images_are_stretched(self):
+        processor = DonutImageProcessor(size=SIDE, do_align_long_axis=False)
+        with pytest.raises(
+            ValueError, match=r"adds borders to images of another aspect ratio, .* augmentation 'none'"
+        ):
+            ImageTransforms(processor, (16, 16), (0.5,) * 3, (0.5,) * 3)
+        transforms = ImageTransforms(processor, (16, 16), (0.5,) * 3, (0.5,) * 3, "none")
+        batch = {"image": [picture(0, size=(40, 20))]}
+        assert torch.equal(transforms.train(batch)["pixel_values"], transforms.eval(batch)["pixel_values"])
+
+    def test_models_of_one_channel_are_refused(self):
+        with pytest.raises(ValueError, match="images of 1 channels, and image processors and pipelines make RGB"):
+            ImageTransforms(ViTImageProcessor(size=SIDE), (16, 16), (0.5,), (0.5,))
+
+    def test_a_processor_that_does_not_match_the_model_is_replaced(self):
+        model = (16, 16), (0.4,) * 3, (0.2,) * 3
+        replaced = matching_image_processor(ViTImageProcessor(size=SIDE), *model)
+        assert (replaced.image_mean, replaced.image_std) == ((0.4,) * 3, (0.2,) * 3)
+        own = ViTImageProcessor(size=SIDE, image_mean=[0.4] * 3, image_std=[0.2] * 3)
+        assert matching_image_processor(own, *model) is own
+        with pytest.raises(ValueError, match="flips the colour channels and makes images of 16 x 16 pixels with mean"):
+            matching_image_processor(UNUSUAL["flipped"][0](), (24, 24), *model[1:])
+
+
 PROCESSORS = {
     "vit": lambda: ViTImageProcessor(size={"height": 24, "width": 16}),
     "vit_pil": lambda: ViTImageProcessorPil(size={"height": 24, "width": 16}),
@@ -161,7 +235,7 @@ class TestCachedImages:
     def test_the_same_pixels_bit_for_bit(self, splits, name):
         processor = PROCESSORS[name]()
         size = (24, 24) if name == "convnext" else (24, 16)
-        transforms = ImageTransforms(processor, size, (0.5,) * 3, (0.5,) * 3)
+        transforms = ImageTransforms(processor, size, processor.image_mean, processor.image_std)
         for direct, cached in self.both(transforms, splits):
             assert len(direct) == len(cached)
             for index in range(len(direct)):
@@ -204,7 +278,9 @@ class TestCachedImages:
                 return {"pixel_values": 2 * batch["pixel_values"].float()}
 
         for kind in (Doubling, EfficientNetImageProcessor):
-            transforms = replace(vit_transforms(), image_processor=kind(size={"height": 16, "width": 16}))
+            processor = kind(size={"height": 16, "width": 16})
+            pixels = measure_pixels(processor, (16, 16))
+            transforms = ImageTransforms(processor, (16, 16), pixels.mean, pixels.std)
             with pytest.raises(ValueError, match=rf"{kind.__name__} does not give the same .* leave cache_images"):
                 transforms.cached_eval_view(splits["train"], splits.rows["train"])
 

@@ -1,4 +1,4 @@
-"""Data sets for transfer: loading, splits, transforms and batches."""
+"""Load data sets for transfer, split them, transform images and draw batches."""
 
 from .batches import RoleBatchSampler, RoleDataset, collate_images
 from .corrupt import find_corrupt_images

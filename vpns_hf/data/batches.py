@@ -1,4 +1,4 @@
-"""Batches that are either prompted or plain."""
+"""Draw and collate batches that are either prompted or plain."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Mixing = Literal["alternate", "always", "never"]
 
 
 class SampleKey(NamedTuple):
-    """What a `RoleBatchSampler` asks of a `RoleDataset`.
+    """Address one view of a row: the item that `RoleBatchSampler` yields and `RoleDataset` takes.
 
     Args:
-        index: row of the data set.
-        use_prompt: whether the image is shown with the prompt.
-        seed: seed of the random numbers drawn for this image, at most 63 bits.
+        index: row number in the data set.
+        use_prompt: role of the image, True for prompted.
+        seed: seed of the augmentation of this image, at most 63 bits.
     """
 
     index: int  # type: ignore[assignment]  # tuples have a method of that name
@@ -32,28 +32,28 @@ class SampleKey(NamedTuple):
 
 
 class RoleBatchSampler(Sampler[list[SampleKey]]):
-    """Batches of which each is either prompted or plain, never both.
+    """Sample batches of one role each, prompted or plain.
 
     One epoch of `alternate` shows every image once prompted and once plain, in two independent shuffles: `window`
     prompted batches, `window` plain ones, and so on. `always` has the prompted batches only, `never` the plain ones.
-    All batches of one optimizer step share their role if `window` is the number of batches of a step (accumulation
-    steps x processes). With a window above 1 every step is made complete with images from the start of the same
-    shuffle, as distributed samplers do; with a window of 1 the last batch is simply short.
+    All batches of one optimizer step share their role if `window` is the number of batches per step (accumulation
+    steps x processes). With a window above 1 the sampler pads the last step with images from the start of the same
+    shuffle, as distributed samplers do; with a window of 1 the last batch is smaller.
 
-    The order and every seed are a function of (seed, epoch, role) alone, so they do not depend on what was drawn
-    before, and training picks up where it stopped.
+    The order and every seed are a function of (seed, epoch, role) alone and independent of earlier draws, so a
+    resumed run sees the same batches.
 
     Args:
-        length: number of rows of the data set.
-        batch_size: images in a batch.
+        length: number of rows in the data set.
+        batch_size: images per batch.
         mixing: `alternate`, `always` or `never`.
-        window: consecutive batches that share a role.
-        seed: any whole number.
-        shuffle: whether rows come in random order.
+        window: number of consecutive batches of one role.
+        seed: any integer.
+        shuffle: random instead of stored order.
         drop_last: whether images that do not fill the last step of an epoch are left out.
 
     Raises:
-        ValueError: if a number is below 1 or `mixing` is none of the three.
+        ValueError: a number is below 1, or `mixing` is none of the three.
     """
 
     ROLES: Mapping[str, tuple[bool, ...]] = {"alternate": (True, False), "always": (True,), "never": (False,)}
@@ -88,11 +88,11 @@ class RoleBatchSampler(Sampler[list[SampleKey]]):
 
     @property
     def sampler(self) -> RoleBatchSampler:
-        """Itself: accelerate looks for `set_epoch` here once the batch sampler is wrapped."""
+        """Return itself: accelerate looks for `set_epoch` here once it has wrapped the batch sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration gives."""
+        """Set the epoch whose order the next iteration follows."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -123,14 +123,14 @@ class RoleBatchSampler(Sampler[list[SampleKey]]):
 
 
 def _splitmix64(state: np.ndarray) -> np.ndarray:
-    """The output function of the SplitMix64 generator, element by element: uint64 -> uint64."""
+    """Apply the output function of the SplitMix64 generator to each element: uint64 -> uint64."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
 
 
 def _seeds(stream: int, length: int) -> np.ndarray:
-    """The first numbers of a SplitMix64 stream, cut to 63 bits (seeds are signed): int64 [length]."""
+    """Draw the first numbers of a SplitMix64 stream, cut to 63 bits because seeds are signed: int64 [length]."""
     steps = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return (_splitmix64(steps + np.uint64(stream % 2**64)) >> np.uint64(1)).astype(np.int64)
 
@@ -140,7 +140,7 @@ def _mix(number: int) -> int:
 
 
 class RoleItem(NamedTuple):
-    """An item of a `RoleDataset`.
+    """Item of a `RoleDataset`.
 
     Args:
         example: item of the view.
@@ -152,19 +152,19 @@ class RoleItem(NamedTuple):
 
 
 class RoleDataset(torch.utils.data.Dataset[RoleItem]):
-    """Two views of the same rows, addressed by `SampleKey`.
+    """Serve two views of the same rows, addressed by `SampleKey`.
 
-    An item is drawn under its key's own seed, so augmentation depends neither on the number of workers nor on what was
-    drawn before; the global random state (torch on the CPU, numpy, Python) is as it was afterwards.
+    Each item is augmented under the seed of its key, independent of the number of workers and of earlier draws; the
+    global random state (torch on the CPU, numpy, Python) is restored afterwards.
 
     Args:
-        plain: view for plain batches, usually with `ImageTransforms.train`; its items are dicts.
-        prompted: view for prompted batches, usually with `ImageTransforms.eval`; its items are dicts.
-        batch_sampler: the sampler that draws from this data set. Where accelerate cannot reach it (a resumed epoch on
-            several processes), accelerate tells the data set the epoch instead.
+        plain: view for plain batches, usually through `ImageTransforms.train`, with dicts as items.
+        prompted: view for prompted batches, usually through `ImageTransforms.eval`, with dicts as items.
+        batch_sampler: sampler of this data set. Where accelerate cannot reach it (a resumed epoch on several
+            processes), accelerate sets the epoch on the data set instead.
 
     Raises:
-        ValueError: if the views differ in length.
+        ValueError: the views differ in length.
     """
 
     def __init__(self, plain: Any, prompted: Any, batch_sampler: RoleBatchSampler | None = None) -> None:
@@ -178,7 +178,7 @@ class RoleDataset(torch.utils.data.Dataset[RoleItem]):
         self.batch_sampler = batch_sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Hand the epoch on to the batch sampler."""
+        """Set the epoch of the batch sampler."""
         if self.batch_sampler is not None:
             self.batch_sampler.set_epoch(epoch)
 
@@ -193,7 +193,7 @@ class RoleDataset(torch.utils.data.Dataset[RoleItem]):
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed the generators that augmentations draw from, and put them back afterwards; CUDA's are left alone."""
+    """Seed the generators that augmentations draw from and restore them afterwards, except those of CUDA."""
     generator = torch.random.default_generator
     states = generator.get_state(), random.getstate(), np.random.get_state()
     generator.manual_seed(seed)
@@ -208,10 +208,10 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def collate_images(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Make one batch of examples.
+    """Collate examples into one batch.
 
     Args:
-        examples: n dicts with `pixel_values`, a tensor [channels, height, width]; optionally `labels` (or `label`,
+        examples: n dicts of `pixel_values`, a tensor [channels, height, width]; optionally `labels` (or `label`,
             `label_ids`), a class or a float vector [classes].
 
     Returns:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def require_columns(part: Part, hints: Mapping[str, str]) -> None:
-    """Raise with the hint of a column that is not there."""
+    """Raise `ValueError` for the first missing column, with its hint."""
     for column, hint in hints.items():
         if column not in part.data.column_names:
             raise ValueError(
@@ -28,7 +28,7 @@ def require_columns(part: Part, hints: Mapping[str, str]) -> None:
 
 
 def choose_columns(parts: dict[str, Part], image: str | None, label: str | None) -> dict[str, Part]:
-    """The parts with columns `image` (RGB) and `label` only."""
+    """Reduce the parts to the columns `image` (RGB) and `label`."""
     features = parts["train"].data.features
     image = image or _find_column(features, Image, ("image", "img"), "image")
     label = label or _find_column(features, ClassLabel, ("label", "labels", "fine_label", "target", "class"), "label")
@@ -44,7 +44,7 @@ def choose_columns(parts: dict[str, Part], image: str | None, label: str | None)
 
 
 def _find_column(features: Features, kind: type, usual_names: Sequence[str], what: str) -> str:
-    """The only column of type `kind`, else the first of the usual names."""
+    """Find the only column of type `kind`, else the first of the usual names."""
     typed = [column for column, feature in features.items() if isinstance(feature, kind)]
     if len(typed) == 1:
         return typed[0]
@@ -60,7 +60,7 @@ def encode_labels(parts: dict[str, Part]) -> dict[str, Part]:
     """Encode the labels of all parts with one and the same `ClassLabel`.
 
     Raises:
-        ValueError: if images have no label, a label is none of the declared classes, or class names are hardly
+        ValueError: images have no label, a label is none of the declared classes, or class names are hardly
             distinct.
     """
     labels = {ours: part.data["label"][:] for ours, part in parts.items()}
@@ -84,11 +84,11 @@ def align_labels(split: Dataset, names: Sequence[str]) -> Dataset:
     Unlike `Dataset.align_labels_with_mapping`, which compares lower-cased names, this tells `A` from `a`.
 
     Args:
-        split: a data set with a `ClassLabel` column `label`.
-        names: the same class names in the order wanted.
+        split: data set with a `ClassLabel` column `label`.
+        names: class names of the split, in another order.
 
     Raises:
-        ValueError: if the names are not those of the split.
+        ValueError: the names are not those of the split.
     """
     feature = split.features["label"]
     if sorted(feature.names) != sorted(names):
@@ -124,12 +124,15 @@ def _check_labels(values: Sequence[Any], feature: Any, split: str, ours: str) ->
 
 
 def check_names(names: Sequence[str], ignore_case: bool) -> None:
-    """Raise if two class names differ only in spaces, Unicode composition or, on request, letter case.
+    """Refuse class names that differ only in spaces, Unicode composition or, on request, letter case.
 
     Args:
         names: distinct class names.
-        ignore_case: whether names that differ in letter case only are refused too: right where folders or strings
-            stand for classes, not where a data set declares its classes (EMNIST has A and a).
+        ignore_case: refusal of names that differ only in letter case: right where folders or strings stand for
+            classes, not where a data set declares its classes (EMNIST has A and a).
+
+    Raises:
+        ValueError: two names are that similar.
     """
     seen: dict[str, str] = {}
     for name in names:
@@ -143,11 +146,14 @@ def check_names(names: Sequence[str], ignore_case: bool) -> None:
 
 
 def check_trained(parts: Mapping[str, Part], is_sample: bool) -> None:
-    """Raise if a class has images to validate or test on and none to train on.
+    """Refuse classes with images to validate or test on and none to train on.
 
     Args:
         parts: parts with encoded labels.
-        is_sample: whether the training images are only some of a stream, which may miss a class: a warning then.
+        is_sample: whether the training images are a sample of a stream, which may miss a class: then this warns.
+
+    Raises:
+        ValueError: there is such a class, and the training images are no sample.
     """
     labels = {ours: set(part.data["label"][:]) for ours, part in parts.items()}
     for ours, part in parts.items():
@@ -167,7 +173,7 @@ def check_trained(parts: Mapping[str, Part], is_sample: bool) -> None:
 
 
 def _sorted_classes(values: Sequence[Any], feature: Any) -> list[Any]:
-    """The distinct labels in order."""
+    """Sort the distinct labels."""
     kinds = {type(value) for value in values}
     if len(kinds) > 1 or not kinds <= {bool, int, str}:
         raise ValueError(
@@ -178,7 +184,7 @@ def _sorted_classes(values: Sequence[Any], feature: Any) -> list[Any]:
 
 
 def check_classes(train: Part, expected: int | None, path: Any) -> None:
-    """Raise if there are not as many classes as expected."""
+    """Raise `ValueError` if the number of classes is not the expected one."""
     names = train.data.features["label"].names
     if expected is not None and len(names) != expected:
         shown = listed(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -1,4 +1,4 @@
-"""Find images that cannot be read, and skip them on request."""
+"""Find images that cannot be decoded, and skip them on request."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CORRUPT_IMAGES = ("error", "skip")
 
 
 def find_corrupt_images(split: Dataset, num_proc: int | None = None) -> dict[int, str]:
-    """Read every image of a split once, and name those that cannot be used.
+    """Decode every image of a split once and report those that cannot be used.
 
     Args:
-        split: a split of `load_transfer_dataset`, or any data set with an image column `image`.
-        num_proc: processes to read with. What they find is cached by `datasets`.
+        split: split of `load_transfer_dataset`, or any data set with an image column `image`.
+        num_proc: number of processes; `datasets` caches their findings.
 
     Returns:
-        For the row of each image that cannot be used, its file and what is wrong with it.
+        Row number of each unusable image -> its file and the reason.
     """
     stored = split.with_format(None).select_columns("image").cast_column("image", Image(decode=False))
     problems = stored.map(
@@ -48,7 +48,7 @@ def _problem(stored: Mapping[str, Any] | None) -> str:
 
 
 def skip_corrupt(part: Part, num_proc: int | None) -> Part:
-    """Leave out the images that cannot be read, with a warning for each."""
+    """Drop the images that cannot be decoded, with a warning for each."""
     problems = find_corrupt_images(part.data, num_proc)
     for row, problem in problems.items():
         logger.warning("Left out: the image %s (%s).", part.stored.place(row), problem)

@@ -40,13 +40,13 @@ Tree = Mapping[PurePosixPath, Sequence[str]]
 
 @dataclass(frozen=True)
 class FolderListing:
-    """The files below a folder.
+    """List the files below a folder.
 
     Args:
         images: image files of each folder that holds any.
-        hidden: image files that are hidden or below a folder whose name starts with a dot or two underscores.
-        others: files that are no images by their suffix.
-        has_metadata: whether a `metadata.csv` (or `.jsonl`, `.parquet`) names the images.
+        hidden: image files below a folder whose name starts with a dot or two underscores, or with such a name.
+        others: files without the suffix of an image.
+        has_metadata: presence of a `metadata.csv` (or `.jsonl`, `.parquet`) about the images.
     """
 
     images: Tree
@@ -56,22 +56,22 @@ class FolderListing:
 
     @property
     def num_images(self) -> int:
-        """Number of image files, hidden ones excepted."""
+        """Count the image files, hidden ones excepted."""
         return sum(map(len, self.images.values()))
 
     @property
     def is_mostly_images(self) -> bool:
-        """Whether images outnumber the files that hold whole tables of them."""
+        """Compare the number of images with that of files that hold whole tables of them."""
         return self.num_images > sum(file.lower().endswith(_TABLES) for file in self.others)
 
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """The class folders of each split.
+    """Name the class folders of each split.
 
     Args:
         splits: split -> class -> its folder, relative to the root.
-        left_out: reason -> images, relative to the root, that belong to no class folder.
+        left_out: reason -> images outside class folders, relative to the root.
     """
 
     splits: Mapping[str, Mapping[str, PurePosixPath]]
@@ -103,7 +103,7 @@ def list_folder(root: Path) -> FolderListing:
 
 
 def is_image_folder(root: Path, listing: FolderListing) -> bool:
-    """Whether folders alone say which image is of which class; else the folder is read by `datasets`."""
+    """Decide whether folders alone give the classes; else `datasets` reads the folder by its metadata or tables."""
     if not listing.is_mostly_images or listing.has_metadata:
         return False
     card = root / "README.md"
@@ -119,14 +119,14 @@ def read_image_folder(
         root: the folder.
         listing: its files.
         asked: names of splits that the user gave; folders with these names keep them.
-        cache_dir: folder that `datasets` keeps its files in.
-        streaming: whether to give streams.
+        cache_dir: cache folder of `datasets`.
+        streaming: streams instead of data sets.
 
     Returns:
         The splits; in each, rows are sorted by path and classes by name.
 
     Raises:
-        ValueError: if the folders do not say which image is of which class or split.
+        ValueError: the class or split of an image is ambiguous.
     """
     found = find_class_folders(listing.images, asked, root)
     check_names(sorted(set(chain.from_iterable(found.splits.values()))), ignore_case=True)
@@ -158,7 +158,7 @@ def find_class_folders(images: Tree, asked: Collection[str], root: Path) -> Clas
         root: the folder, for messages.
 
     Raises:
-        ValueError: if images lie at different depths, class folders are missing or a class has several folders.
+        ValueError: images lie at different depths, class folders are missing, or a class has several folders.
     """
     top = _unwrap(images, PurePosixPath("."), is_split=False)
     groups = _children(images, top)
@@ -183,7 +183,7 @@ def find_class_folders(images: Tree, asked: Collection[str], root: Path) -> Clas
 
 
 def _children(images: Tree, folder: PurePosixPath) -> dict[str, PurePosixPath]:
-    """The folders directly in `folder` with images in or below them, by name."""
+    """Find the folders directly in `folder` with images in or below them, by name."""
     depth = len(folder.parts)
     names = {each.parts[depth] for each in images if folder in each.parents}
     return {name: folder / name for name in sorted(names)}
@@ -201,12 +201,12 @@ def _unwrap(images: Tree, folder: PurePosixPath, is_split: bool) -> PurePosixPat
 
 
 def _chain(first: PurePosixPath, last: PurePosixPath) -> list[PurePosixPath]:
-    """The folders from `first` down to `last`."""
+    """List the folders from `first` down to `last`."""
     return [folder for folder in (*reversed(last.parents), last) if folder == first or first in folder.parents]
 
 
 def _classes(images: Tree, top: PurePosixPath, root: Path) -> dict[str, PurePosixPath]:
-    """The class folders below `top`, by name."""
+    """Find the class folders below `top`, by name."""
     leaves = sorted(folder for folder in images if top in folder.parents)
     depths = {len(folder.parts): folder for folder in reversed(leaves)}
     if len(depths) > 1:
@@ -226,7 +226,7 @@ def _classes(images: Tree, top: PurePosixPath, root: Path) -> dict[str, PurePosi
 
 
 def _split_word(name: str) -> str | None:
-    """The split that the name of a folder stands for, if it is exactly one."""
+    """Find the split that the name of a folder stands for, if it is exactly one."""
     words = re.split(r"[-._ 0-9]+", name.lower())
     found = [split for split, keywords in SPLIT_WORDS.items() if set(keywords) & set(words)]
     return found[0] if len(found) == 1 else None
@@ -237,7 +237,7 @@ def _is_split(name: str, asked: Collection[str]) -> bool:
 
 
 def _split_names(folders: Collection[str], asked: Collection[str]) -> dict[str, str]:
-    """The split of each folder: the one its name stands for, if no other folder stands for it; else its name."""
+    """Name the split of each folder: by its word, if no other folder has that word; else by its own name."""
     names = {folder: folder if folder in asked else _split_word(folder) or folder for folder in folders}
     counts = Counter(names.values())
     return {folder: name if counts[name] == 1 else folder for folder, name in names.items()}
@@ -272,7 +272,7 @@ def _dataset(
     cache_dir: str | Path | None,
     streaming: bool,
 ) -> Dataset | IterableDataset:
-    """The images of some class folders; sizes and times let `datasets` notice files that changed."""
+    """Build the data set of some class folders; file sizes and times invalidate the cache when files change."""
     names = sorted(classes)
     files = []
     for label, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Convert images to RGB, whatever they were stored as, or raise one error that says what is wrong with them."""
+"""Convert images of any stored format to RGB, or raise one error with the reason."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
 LONGEST_TO_SHORTEST = 200
-"""An image whose sides differ by a larger factor is refused: processors that keep the ratio would blow it up."""
+"""Largest aspect ratio that is accepted: processors that keep the ratio would enlarge longer images enormously."""
 
 
 class CorruptImageError(ValueError):
-    """An image that cannot be decoded or shown as RGB; the message says which one and why."""
+    """Report an image that cannot be decoded or converted to RGB: which one, and why."""
 
 
 @dataclass
 class RGBImage(Image):
-    """`datasets.Image` whose images come out as `usable_rgb` makes them, rotated as their EXIF data says.
+    """Decode images as `usable_rgb` does, rotated by their EXIF orientation: a `datasets.Image`.
 
     Args:
-        mode: `"RGB"`: saved data sets hold a plain `Image(mode="RGB")`, which can be read without this package.
-        decode: whether images are decoded; without it, they come out as `{"bytes": ..., "path": ...}`.
+        mode: `"RGB"`; saved data sets hold a plain `Image(mode="RGB")`, which loads without this package.
+        decode: decoded images instead of `{"bytes": ..., "path": ...}`.
 
     Raises:
-        CorruptImageError: on reading an image that cannot be decoded.
+        CorruptImageError: an image is read that cannot be decoded.
     """
 
     _stored: ClassVar[Image] = Image()
@@ -55,13 +55,13 @@ def _source(value: Any) -> str:
 
 
 def usable_rgb(image: PILImage.Image | None) -> PILImage.Image:
-    """Return `to_rgb` of an image that loses nothing by it.
+    """Convert an image to RGB, unless it would lose grey levels.
 
     Args:
-        image: in any mode that Pillow knows.
+        image: image of any mode of Pillow.
 
     Raises:
-        CorruptImageError: if there is no image, its pixels do not fit 8 bits, or it is thinner than processors take.
+        CorruptImageError: there is no image, its pixels do not fit 8 bits, or its aspect ratio is too large.
     """
     if image is None:
         raise CorruptImageError("there is no image in this row")
@@ -75,7 +75,7 @@ def usable_rgb(image: PILImage.Image | None) -> PILImage.Image:
 
 
 def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """Convert to RGB as transformers' pipelines do: alpha dropped without blending, of an animation the first frame.
+    """Convert to RGB as transformers' pipelines do: drop alpha without blending, keep an animation's first frame.
 
     Numbers above 255 become white; `usable_rgb` refuses images that have any.
     """

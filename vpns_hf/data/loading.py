@@ -1,4 +1,4 @@
-"""Data: any image classification data set as splits train, validation and test with columns image and label."""
+"""Load any image-classification data set as splits train, validation and test with columns image and label."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .tasks import TRANSFER_TASKS, TransferTask
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 SHUFFLE_BUFFER = 1000
-"""Images of a stream that are held in memory, as files, to be drawn from at random; shards are shuffled besides."""
+"""Size of the shuffle buffer of a stream, in encoded images; the order of shards is shuffled as well."""
 
 
 def load_transfer_dataset(
@@ -51,47 +51,46 @@ def load_transfer_dataset(
 ) -> TransferSplits:
     """Load a classification data set as splits `train`, `validation` and `test` with columns `image` and `label`.
 
-    Images come out as RGB whatever they were stored as. Classes are the same `ClassLabel` in every split: integer and
-    string labels are numbered in sorted order over all splits together. A validation or test split that the data set
-    does not have is carved from `train`, stratified by class: the same seed always gives the same images.
+    Images are decoded as RGB. All splits share one `ClassLabel`: integer and string labels are numbered in sorted
+    order over all splits together. A missing validation or test split is carved from `train`, stratified by class:
+    the same seed always gives the same images.
 
     Args:
-        path: key of `TRANSFER_TASKS`, Hub id, local folder (image folder, parquet or arrow files, or what
-            `save_to_disk` wrote), or a data set in memory. A folder named like a key is meant as `./<folder>`.
-        name: configuration of the data set, where it has several.
-        image_column: column of the images; `None` finds it.
-        label_column: column of the classes; `None` finds it.
-        train_split: split to train on; `None` means `train`.
-        validation_split: split to select on; `None` means `validation`, else it is carved from the training split.
-        test_split: split to report on; `None` means `test`, else it is carved from the training split with a warning.
-        validation_fraction: share of the training split that a carved split takes.
-        shots: training images to keep of each class (all, where a class has fewer); those of 8 shots are among those
-            of 16. Validation and test stay whole.
-        fraction: share of the training images to keep, stratified by class; smaller shares are parts of larger ones.
-        seed: seed of the carved splits, and of what `shots` and `fraction` keep.
-        corrupt_images: `"error"` reads images when they are needed, and one that cannot be read stops the run;
-            `"skip"` reads every image once beforehand and leaves out, with a warning that names them, those that
-            cannot be read.
-        stream_images: training images to fetch from a stream in place of downloading the whole training split, for
-            runs that `max_steps` keeps short. They are the first of the shuffled stream and are kept on disk, because
+        path: key of `TRANSFER_TASKS`, Hub id, local folder (images in class folders, parquet or arrow files, or the
+            output of `save_to_disk`), or data set in memory. Write `./<folder>` for a folder named like a key.
+        name: configuration of a data set that has several.
+        image_column: column of the images; None: detected.
+        label_column: column of the classes; None: detected.
+        train_split: split to train on; None: `train`.
+        validation_split: split to select on; None: `validation`, else carved from the training split.
+        test_split: split to report on; None: `test`, else carved from the training split with a warning.
+        validation_fraction: share of the training split in each carved split.
+        shots: training images per class (all, where a class has fewer); 8 shots are a subset of 16. Validation and
+            test splits stay whole.
+        fraction: share of the training images, stratified by class; smaller shares are subsets of larger ones.
+        seed: seed of the carved splits and of the subsets of `shots` and `fraction`.
+        corrupt_images: `"error"`: the first image that cannot be decoded stops the run; `"skip"`: every image is
+            decoded once beforehand, and those that cannot be are left out with a warning each.
+        stream_images: number of training images to fetch from a stream instead of downloading the whole training
+            split, for runs that `max_steps` keeps short: the first of the shuffled stream, cached on disk because
             prompted and plain batches draw images by index. Validation and test splits are fetched whole.
         revision: commit, tag or branch of a data set on the Hub.
-        cache_dir: folder that `datasets` keeps its files in.
+        cache_dir: cache folder of `datasets`.
         token: Hub token for private and gated data sets.
-        num_proc: processes that prepare the data set and look for corrupt images.
+        num_proc: number of processes that prepare the data set and look for corrupt images.
 
     Returns:
-        The three splits, with the row numbers of their images in the stored data set.
+        The three splits and the row numbers of their images in the stored data set.
 
     Raises:
-        ConnectionError: if the Hub cannot be reached and the data set is not in the local cache.
-        FileNotFoundError: if there is no such data set or folder.
-        ValueError: if a split or column is missing, labels are missing or out of range, class names differ only in
+        ConnectionError: the Hub cannot be reached and the data set is not in the local cache.
+        FileNotFoundError: there is no such data set or folder.
+        ValueError: a split or column is missing, labels are missing or out of range, class names differ only in
             letter case or spaces, a class has no training image or too few to be split, or a data set of the table
             has other classes than its row says.
     """
     check_sampling(shots, fraction, corrupt_images)
-    if stream_images is not None and stream_images < 1:
+    if stream_images is not None and (not isinstance(stream_images, int) or stream_images < 1):
         raise ValueError(f"stream_images is {stream_images}: expected a number of training images, at least 1.")
     task = TRANSFER_TASKS.get(path) if isinstance(path, str) else None
     expected_classes = None
@@ -152,7 +151,7 @@ def _read(path: str | Path | Dataset | DatasetDict, asked: list[str], **options:
 
 
 def _read_folder(folder: Path, asked: list[str], **options: Any) -> DatasetDict:
-    """Read a local folder, and report the image files in it that are no rows."""
+    """Read a local folder and report its image files that are no rows."""
     listing = folders.list_folder(folder)
     if folders.is_image_folder(folder, listing):
         for argument in ("name", "revision"):
@@ -183,7 +182,7 @@ def _read_folder(folder: Path, asked: list[str], **options: Any) -> DatasetDict:
 
 
 def _load(path: str, **options: Any) -> DatasetDict:
-    """`load_dataset`, with its many ways to fail put into one sentence."""
+    """Call `load_dataset` and turn each of its failures into one sentence."""
     try:
         return load_dataset(path, **options)
     except (ConnectionError, HfHubHTTPError, LocalEntryNotFoundError) as error:
@@ -200,8 +199,8 @@ def _load(path: str, **options: Any) -> DatasetDict:
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"No data set was found at '{path}': expected a key of TRANSFER_TASKS, a data set of the Hugging Face Hub "
-            "that you may read (pass token= for a private or gated one), or a local folder of images in one folder a "
-            f"class, of parquet or arrow files, or written by save_to_disk. ({error})"
+            "that you may read (pass token= for a private or gated one), or a local folder of images in one folder "
+            f"per class, of parquet or arrow files, or written by save_to_disk. ({error})"
         ) from error
     except ValueError as error:
         # A configuration that is missing or unknown; the message lists those that there are.
@@ -212,7 +211,7 @@ def _load(path: str, **options: Any) -> DatasetDict:
 
 
 def _downloaded_snapshot(path: str, revision: str | None) -> str | None:
-    """The folder that `hf download` left in the cache of huggingface_hub, if it is complete."""
+    """Find the snapshot of `hf download` in the cache of huggingface_hub, if it is complete."""
     try:
         folder = snapshot_download(path, repo_type="dataset", revision=revision, local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError):
@@ -222,7 +221,7 @@ def _downloaded_snapshot(path: str, revision: str | None) -> str | None:
 
 
 def _choose_splits(raw: DatasetDict, train: str | None, validation: str | None, test: str | None) -> dict[str, str]:
-    """Our splits and the stored ones they are; validation and test may be absent where none was asked for."""
+    """Map our splits to stored ones; validation and test may be absent if the user named none."""
     train = train or "train"
     test = test or ("test" if "test" in raw else None)
     if validation is None and "validation" in raw and test != "validation":
@@ -247,7 +246,7 @@ def _choose_splits(raw: DatasetDict, train: str | None, validation: str | None, 
 def _part(
     stored: Dataset | IterableDataset, split: str, count: int | None, seed: int, cache_dir: str | Path | None
 ) -> Part:
-    """All rows of a stored split, or some of a stream."""
+    """Take all rows of a stored split, or a sample of a stream."""
     if isinstance(stored, IterableDataset):
         stored = _fetch(stored, count, seed, cache_dir)
         split = split if count is None else f"{split} (stream shuffled with seed {seed})"
@@ -255,7 +254,7 @@ def _part(
 
 
 def _fetch(stream: IterableDataset, count: int | None, seed: int, cache_dir: str | Path | None) -> Dataset:
-    """A stream, or the first images of it in random order, kept on disk by `datasets` as they are stored."""
+    """Fetch a stream, or the first rows of the shuffled stream, into the cache of `datasets`."""
     if stream.features is None:
         raise ValueError("The columns of this stream are known only once it is read: load it without stream_images.")
     for column, feature in stream.features.items():
@@ -276,7 +275,7 @@ def _rows(stream: IterableDataset) -> Iterator[dict[str, Any]]:
 
 
 def _middle_frames(part: Part, task: TransferTask) -> Part:
-    """The frame in the middle of each clip."""
+    """Select the middle frame of each clip."""
     columns = [*task.clip, str(task.frame)]
     require_columns(part, dict.fromkeys(columns, f"pass '{task.path}' to use every frame of every clip"))
     *clip, frame = (part.data[column][:] for column in columns)

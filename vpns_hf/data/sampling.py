@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_sampling(shots: int | None, fraction: float | None, corrupt_images: str) -> None:
-    """Raise if the sampling arguments contradict each other or are out of range."""
+    """Raise `ValueError` if the sampling arguments contradict each other or are out of range."""
     if shots is not None and fraction is not None:
         raise ValueError(f"shots is {shots} and fraction is {fraction}: give one of the two.")
-    if shots is not None and shots < 1:
-        raise ValueError(f"shots is {shots}: expected a number of images a class, at least 1.")
+    if shots is not None and (not isinstance(shots, int) or shots < 1):
+        raise ValueError(f"shots is {shots}: expected a number of images per class, at least 1.")
     if fraction is not None and not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}: expected a share above 0 and up to 1, such as 0.1.")
     if corrupt_images not in CORRUPT_IMAGES:
@@ -26,7 +26,7 @@ def check_sampling(shots: int | None, fraction: float | None, corrupt_images: st
 
 
 def carve(parts: dict[str, Part], name: str, fraction: float, seed: int) -> dict[str, Part]:
-    """The parts with a stratified share of `train` moved to a new one; both keep the order of `train`."""
+    """Move a stratified share of `train` to a new part; both keep the order of `train`."""
     if not 0 < fraction < 1:
         raise ValueError(f"validation_fraction is {fraction}: expected a share between 0 and 1, such as 0.1.")
     train = parts["train"]
@@ -43,8 +43,8 @@ def carve(parts: dict[str, Part], name: str, fraction: float, seed: int) -> dict
     if min(size, len(labels) - size) < num_classes:
         smallest = class_name(int(np.argmin(np.where(counts > 0, counts, counts.max()))))
         raise ValueError(
-            f"Carving {size} of {len(labels)} training images as the {name} split leaves less than one image a class "
-            f"for {num_classes} classes (the smallest is '{smallest}' with {counts[counts > 0].min()}): change "
+            f"Carving {size} of {len(labels)} training images as the {name} split leaves less than one image per "
+            f"class for {num_classes} classes (the smallest is '{smallest}' with {counts[counts > 0].min()}): change "
             f"validation_fraction (now {fraction}) or name a split with {name}_split."
         )
     from sklearn.model_selection import train_test_split
@@ -54,7 +54,7 @@ def carve(parts: dict[str, Part], name: str, fraction: float, seed: int) -> dict
 
 
 def sample(train: Part, shots: int | None, fraction: float | None, seed: int) -> Part:
-    """As many training images of each class as `shots`, or a stratified share of them."""
+    """Keep `shots` training images per class, or a stratified share of them."""
     if shots is None and fraction is None:
         return train
     labels = np.asarray(train.data["label"][:])

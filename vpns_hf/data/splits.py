@@ -1,4 +1,4 @@
-"""Splits: which rows of a stored data set train, validate and test, chosen by seed and published by row number."""
+"""Record which rows of a stored data set train, validate and test; find images in several splits."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .images import CorruptImageError
 
 
 class StoredRows(NamedTuple):
-    """Where the images of a split come from.
+    """Record the rows of the stored data set that a split holds.
 
     Args:
-        split: split of the stored data set.
+        split: name of the stored split.
         rows: row numbers in it, int64 [n]; image i of the split is `rows[i]`.
     """
 
@@ -29,11 +29,11 @@ class StoredRows(NamedTuple):
     rows: np.ndarray
 
     def place(self, index: int) -> str:
-        """Split and row of an image, as in `train[17]`."""
+        """Format stored split and row of an image, as in `train[17]`."""
         return f"{self.split}[{self.rows[index]}]"
 
     def name_corrupt(self, index: int, error: Exception) -> CorruptImageError:
-        """An error that says by split and row which image cannot be used."""
+        """Build an error that names the unusable image by split and row."""
         return CorruptImageError(
             f"The image {self.place(index)} cannot be used ({error}); repair or remove it, or leave out all such "
             "images with corrupt_images='skip'."
@@ -41,16 +41,16 @@ class StoredRows(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the row numbers, as little-endian 64-bit integers, in hexadecimal digits."""
+        """Hash the row numbers, as little-endian 64-bit integers: SHA-256 in hexadecimal digits."""
         return hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest()
 
 
 class TransferSplits(DatasetDict):
-    """The splits `train`, `validation` and `test`, and which rows of the stored data set they hold.
+    """Hold the splits `train`, `validation` and `test` and their rows in the stored data set.
 
     Args:
-        splits: the data sets.
-        rows: where the images of each come from, in the same order.
+        splits: data set of each split.
+        rows: stored rows of each split, in the same order.
     """
 
     def __init__(self, splits: Mapping[str, Dataset], rows: Mapping[str, StoredRows]) -> None:
@@ -58,15 +58,15 @@ class TransferSplits(DatasetDict):
         self.rows = dict(rows)
 
     def view(self, name: str, transform: Callable[[dict[str, Any]], dict[str, Any]]) -> SplitView:
-        """A split seen through a transform of `ImageTransforms`, for a trainer."""
+        """View a split through a transform of `ImageTransforms`, for a trainer."""
         return SplitView(self[name].with_transform(transform), self.rows[name])
 
     def digests(self) -> dict[str, str]:
-        """A digest of the row numbers of each split: two runs with the same digests saw the same images."""
+        """Hash the row numbers of each split: two runs with the same digests saw the same images."""
         return {name: f"{rows.split} {rows.digest}" for name, rows in self.rows.items()}
 
     def save_rows(self, path: str | Path) -> None:
-        """Publish the row numbers as JSON: `{"train": {"split": "train", "rows": [...], "sha256": ...}, ...}`."""
+        """Write the row numbers as JSON: `{"train": {"split": "train", "rows": [...], "sha256": ...}, ...}`."""
         content = {
             name: {"split": rows.split, "sha256": rows.digest, "rows": rows.rows.tolist()}
             for name, rows in self.rows.items()
@@ -75,11 +75,11 @@ class TransferSplits(DatasetDict):
 
 
 class SplitView(torch.utils.data.Dataset[dict[str, Any]]):
-    """A split whose images that cannot be read are named by split and row.
+    """View a split and name images that cannot be decoded by stored split and row.
 
     Args:
         split: data set with a transform.
-        rows: where its images come from.
+        rows: stored rows of its images.
     """
 
     def __init__(self, split: Dataset, rows: StoredRows) -> None:
@@ -96,7 +96,7 @@ class SplitView(torch.utils.data.Dataset[dict[str, Any]]):
             raise self.rows.name_corrupt(index, error) from error
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """Several rows at once, as PyTorch's loader asks for them."""
+        """Get several rows at once, for PyTorch's loader."""
         try:
             return self.split.__getitems__(indices)
         except CorruptImageError:
@@ -112,11 +112,11 @@ class SplitView(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class StoredImage(NamedTuple):
-    """An image of a stored data set.
+    """Locate an image of a stored data set.
 
     Args:
         split: our split: `train`, `validation` or `test`.
-        place: split and row of the stored data set, as in `train[17]`.
+        place: stored split and row, as in `train[17]`.
     """
 
     split: str
@@ -126,15 +126,15 @@ class StoredImage(NamedTuple):
 def find_duplicates(splits: TransferSplits, num_proc: int | None = None) -> list[list[StoredImage]]:
     """Find images that are stored more than once, within a split or in several.
 
-    Compares SHA-256 digests of the stored files, so that nothing is decoded: copies that were encoded or resized
-    anew are not found. The digests are cached by `datasets`.
+    Compares SHA-256 digests of the stored files without decoding them: re-encoded or resized copies are not found.
+    `datasets` caches the digests.
 
     Args:
-        splits: what `load_transfer_dataset` gives.
-        num_proc: processes to read with.
+        splits: result of `load_transfer_dataset`.
+        num_proc: number of processes.
 
     Returns:
-        For each image that is stored more than once, all its places.
+        One list per image that is stored more than once, of all its places.
     """
     places: dict[str, list[StoredImage]] = defaultdict(list)
     for name, split in splits.items():
@@ -158,19 +158,19 @@ def _file_bytes(stored: Mapping[str, Any] | None) -> bytes:
 
 
 def shared_between_splits(duplicates: Sequence[Sequence[StoredImage]]) -> list[Sequence[StoredImage]]:
-    """Those duplicates of `find_duplicates` whose copies are in different splits."""
+    """Select the duplicates of `find_duplicates` whose copies are in different splits."""
     return [copies for copies in duplicates if len({copy.split for copy in copies}) > 1]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a stored split."""
+    """Hold some rows of a stored split."""
 
     data: Dataset
     stored: StoredRows
 
     def select(self, indices: np.ndarray) -> Part:
-        """Of these rows, some, in the order in which they are stored."""
+        """Select some of these rows, in stored order."""
         indices = np.sort(indices)
         return Part(self.data.select(indices), StoredRows(self.stored.split, self.stored.rows[indices]))
 

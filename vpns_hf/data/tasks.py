@@ -1,4 +1,4 @@
-"""The transfer tasks: which data sets they are, and how the paper trained on them; one table of rows."""
+"""Tabulate the transfer tasks: their data sets and the settings that the paper trained with."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PaperSettings:
-    """How the paper's runs trained on a data set: VPNs on a ResNet-18, from the authors' launch scripts.
+    """Hold the paper's settings for a data set: VPNs on a ResNet-18, from the authors' launch scripts.
 
-    The search prompt has the learning rate of the scores, and the prompt of the tune stage that of the weights.
+    The search prompt shares the learning rate of the scores, the tuned prompt that of the weights.
 
     Args:
-        batch_size: images of one optimizer step, over all processes and accumulation steps.
+        batch_size: images per optimizer step, over all processes and accumulation steps.
         score_optim: optimizer of scores and prompt during the search.
-        score_learning_rate: their learning rate.
+        score_learning_rate: learning rate of scores and prompt during the search.
         optim: optimizer of weights and prompt in the tune stage.
-        learning_rate: their learning rate.
+        learning_rate: learning rate of weights and prompt in the tune stage.
     """
 
     batch_size: int = 256
@@ -27,7 +27,7 @@ class PaperSettings:
     learning_rate: float = 1e-2
 
     def search_arguments(self) -> dict[str, Any]:
-        """Of the search, under the names of `VPNsTrainingArguments`; the optimizer comes first."""
+        """Build the arguments of the search, named as in `VPNsTrainingArguments`; the optimizer comes first."""
         return {
             "score_optim": self.score_optim,
             "score_learning_rate": self.score_learning_rate,
@@ -35,7 +35,7 @@ class PaperSettings:
         }
 
     def tune_arguments(self) -> dict[str, Any]:
-        """Of the tune stage, under the names of `VPNsTrainingArguments`; the optimizer comes first."""
+        """Build the arguments of the tune stage, named as in `VPNsTrainingArguments`; the optimizer comes first."""
         return {
             "optim": self.optim,
             "learning_rate": self.learning_rate,
@@ -45,23 +45,23 @@ class PaperSettings:
 
 @dataclass(frozen=True)
 class TransferTask:
-    """Where a data set is on the Hub, what of it is used, and what is known of it.
+    """Describe a data set: its Hub id, columns and splits, classes, licence and metrics.
 
     Args:
         path: Hub id of the data set.
         num_classes: number of classes.
-        name: configuration of the data set, where it has several.
+        name: configuration of a data set that has several.
         image: column of the images.
         label: column of the classes.
         train: split to train on.
-        validation: split to select on; `None` where one is carved from `train`.
-        test: split that the final numbers are measured on.
-        clip: columns that together name the clip that a frame is from; of each clip the middle frame is used. Empty
-            for data sets of single images.
-        frame: column that orders the frames of a clip.
-        licence: licence of the images, as far as their makers state one. The terms on the page of the data set count.
-        metrics: metrics that results on this data set are reported in; the first is the usual one here.
-        paper: settings of the paper; `None` where it has no runs on this data set.
+        validation: split to select on; None: carved from `train`.
+        test: split of the final numbers.
+        clip: columns that identify the clip of a frame, of which the middle frame is used; empty for data sets of
+            single images.
+        frame: column of the position of a frame in its clip.
+        licence: licence of the images, as far as their makers state one; the page of the data set has the terms.
+        metrics: metrics to report on this data set, the usual one first.
+        paper: settings of the paper; None: no runs on this data set.
     """
 
     path: str
@@ -117,6 +117,6 @@ TRANSFER_TASKS: dict[str, TransferTask] = {
     "gtsrb": TransferTask("tanganke/gtsrb", 43),
     "ucf101": TransferTask("flwrlabs/ucf101", 101, clip=("video_id", "clip_id"), frame="frame"),
 }
-"""Every transfer task by a short key that `load_transfer_dataset` takes in place of a Hub id: the paper's eight,
-ImageNet, and five that visual prompting is often measured on. `experiments.parse_recipe` takes batch size and learning
-rates from here where neither the YAML file nor a flag sets them."""
+"""Transfer tasks by the short key that `load_transfer_dataset` takes instead of a Hub id: the paper's eight, ImageNet,
+and five common benchmarks of visual prompting. They give the defaults of batch size and learning rates where neither
+the YAML file nor a flag sets them."""
