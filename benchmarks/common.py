@@ -19,7 +19,9 @@ from vpns_hf.report.tables import markdown_table
 logging.disable_progress_bar()
 
 
-def time_in_turns(actions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def time_in_turns(
+    actions: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each of `repeats` calls of every action, taken in turns after one call each that does not count.
 
     A machine that slows down for a while then slows down all of them.
@@ -28,9 +30,9 @@ def time_in_turns(actions: Mapping[str, Callable[[], object]], repeats: int) -> 
     for repeat in range(repeats + 1):
         for name, action in actions.items():
             gc.collect()
-            start = time.perf_counter()
+            start = clock()
             result = action()
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             # Freed before the next one starts, outside of the time.
             del result
             if repeat:

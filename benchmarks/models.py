@@ -26,6 +26,11 @@ def resnet18() -> PreTrainedModel:
     return ResNetForImageClassification(config)
 
 
+def resnet50() -> PreTrainedModel:
+    """ResNet-50: 24 million weights."""
+    return ResNetForImageClassification(ResNetConfig(num_labels=CLASSES))
+
+
 def _vit(hidden_size: int, heads: int, layers: int = 12) -> Callable[[], PreTrainedModel]:
     config = {"hidden_size": hidden_size, "num_attention_heads": heads, "num_hidden_layers": layers}
     return lambda: ViTForImageClassification(
