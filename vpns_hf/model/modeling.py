@@ -15,13 +15,15 @@ from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput
 
 from .. import hub
 from ..masking.recomputation import recomputing
 from . import backbones, checks, saving
 from .configuration import PromptedSparseConfig
 from .head import checked_classes, checked_matrix, map_logits, take_classes
+from .labels import label_names, labels_of, set_labels, share_labels
+from .outputs import check_outputs, requested_outputs
 from .prompts import build_prompt
 from .sparse_model import SparseModel
 from .subnetworks import fitting_masks, take_prompt
@@ -59,6 +61,7 @@ class PromptedSparseModel(SparseModel):
     label_matrix: Tensor | None
 
     def __init__(self, config: PromptedSparseConfig, backbone: PreTrainedModel | None = None):
+        share_labels(config, config.backbone_config)
         super().__init__(config, backbone)
         self.prompt = build_prompt(config)
         shape = (config.backbone_config.num_labels, config.num_labels)
@@ -87,8 +90,6 @@ class PromptedSparseModel(SparseModel):
 
     def get_input_embeddings(self) -> None:
         """Return None: images have no token embeddings, which accelerate would shard separately."""
-
-    # Building --------------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_backbone(
@@ -142,7 +143,7 @@ class PromptedSparseModel(SparseModel):
             ValueError: no image classifier, nothing to prune, settings that do not fit together.
             OSError: the backbone cannot be found.
         """
-        labels = backbones.label_names(num_labels, id2label)
+        labels = label_names(num_labels, id2label)
         checks.check_settings(sparsity, label_mapping, new_head, labels)
         model, fresh_head, image_processor = backbones.load_backbone(
             backbone, None if label_mapping else labels, new_head, image_processor, kwargs
@@ -162,7 +163,7 @@ class PromptedSparseModel(SparseModel):
             keep_source_head=keep_source_head,
             **geometry,
         )
-        backbones.set_labels(config, labels or model.config.id2label)
+        set_labels(config, labels or labels_of(model.config))
         wrapped = cls(config, model)
         if geometry == backbones.image_geometry(model.config, image_processor):
             wrapped.image_processor = backbones.savable(image_processor)
@@ -170,8 +171,6 @@ class PromptedSparseModel(SparseModel):
         checks.check_image_size(wrapped)
         wrapped.attach_scores()
         return wrapped
-
-    # Saving and loading ----------------------------------------------------------------------------------------------
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], packed: bool | None = None, **kwargs: Any
@@ -239,7 +238,7 @@ class PromptedSparseModel(SparseModel):
             title: heading of the card, and the name that its code loads: `user/name` or a folder.
             tags, metadata: additional metadata, such as `license` or `datasets`.
         """
-        masks = self.masks().values()
+        masks = self._measured_masks().values()
         kept, total = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
         source = self.config.backbone_config.name_or_path
         return hub.short_card(
@@ -255,10 +254,13 @@ class PromptedSparseModel(SparseModel):
             has_prompt=self.prompt is not None,
         )
 
-    # Forward ---------------------------------------------------------------------------------------------------------
-
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, use_prompt: bool | None = None
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        use_prompt: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> ImageClassifierOutput:
         """Classify images.
 
@@ -267,16 +269,23 @@ class PromptedSparseModel(SparseModel):
             labels: class ids [n], or class probabilities [n, num_labels].
             use_prompt: whether the visual prompt is added; None: `config.use_prompt`.
 
+            output_attentions, output_hidden_states: whether those of the backbone are returned; None: as the
+                configuration says.
+
         Returns:
-            `logits` [n, num_labels] and, with labels, the mean cross-entropy `loss`. Until a label mapping is set,
-            the logits are those of the source classes.
+            `logits` [n, num_labels] and, with labels, the mean cross-entropy `loss`; `attentions` and
+            `hidden_states` where they are requested. Until a label mapping is set, the logits are those of the source
+            classes.
 
         Raises:
-            ValueError: a prompt is requested, but the model has none.
+            ValueError: a prompt is requested, but the model has none; or the backbone does not return the attentions
+                or hidden states that are requested.
         """
-        logits = map_logits(self.head_logits(pixel_values, use_prompt), self.config, self.label_matrix)
+        extras = requested_outputs(self.config, output_attentions, output_hidden_states)
+        output = self._run_backbone(pixel_values, use_prompt, extras)
+        logits = map_logits(output.logits, self.config, self.label_matrix)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        return ImageClassifierOutput(loss=loss, logits=logits)
+        return ImageClassifierOutput(loss=loss, logits=logits, **{name: output[name] for name in extras})
 
     def head_logits(self, pixel_values: Tensor, use_prompt: bool | None = None) -> Tensor:
         """Compute the logits of the head before any label mapping, [n, classes].
@@ -288,6 +297,9 @@ class PromptedSparseModel(SparseModel):
         Raises:
             ValueError: a prompt is requested, but the model has none.
         """
+        return self._run_backbone(pixel_values, use_prompt).logits
+
+    def _run_backbone(self, pixel_values: Tensor, use_prompt: bool | None, extras: Sequence[str] = ()) -> ModelOutput:
         if use_prompt is None:
             use_prompt = self.config.use_prompt
         if use_prompt:
@@ -295,9 +307,10 @@ class PromptedSparseModel(SparseModel):
                 raise ValueError('`use_prompt=True`, but this model has no prompt; build it with `prompt="pad"`.')
             pixel_values = self.prompt(pixel_values)
         with recomputing() if self.config.state == "search" else nullcontext():
-            return self.backbone(pixel_values=pixel_values, **self._backbone_kwargs).logits
-
-    # Taken from another model ----------------------------------------------------------------------------------------
+            requests = {f"output_{name}": True for name in extras}
+            output = self.backbone(pixel_values=pixel_values, **self._backbone_kwargs, **requests)
+        check_outputs(output, extras, type(self.backbone).__name__)
+        return output
 
     def load_subnetwork(
         self, pretrained_model_name_or_path: str | os.PathLike[str], prompt: bool = True, **kwargs: Any
@@ -336,8 +349,6 @@ class PromptedSparseModel(SparseModel):
             raise ValueError(f"{pretrained_model_name_or_path} has no prompt; name a model that was saved with one.")
         take_prompt(self, other, str(pretrained_model_name_or_path), "choose one for the same images")
 
-    # Labels ----------------------------------------------------------------------------------------------------------
-
     def set_label_mapping(self, mapping: Tensor | Sequence[int], final: bool = True) -> None:
         """Map the source classes of the head to the target classes, in any state.
 
@@ -371,7 +382,7 @@ class PromptedSparseModel(SparseModel):
         self.unshard()
         config = copy.deepcopy(self.config)
         config.mapped_labels, config.label_mapping_state = mapped, "final"
-        backbones.set_labels(config.backbone_config, config.id2label)
+        set_labels(config.backbone_config, config.id2label)
         sliced = self._rebuilt(config)
         sliced.load_state_dict(take_classes(self.state_dict(), sliced.state_dict(), mapped), assign=True)
         self.replace_with(sliced)
