@@ -53,7 +53,8 @@ def export_onnx(
 
     Raises:
         ImportError: the packages that ONNX needs are missing.
-        ValueError: the file does not give the model's logits, or a prompt is asked for and there is none.
+        ValueError: the file does not give the model's logits or has another opset than requested, or a prompt is
+            requested and there is none.
     """
     try:
         import onnxruntime
@@ -78,6 +79,7 @@ def export_onnx(
         verbose=False,
     )
     assert program is not None  # only the older exporter gives None
+    _check_opset(program.model.opset_imports[""], opset)
     program.model.metadata_props.update(_onnx_metadata(wrapped.config, use_prompt))
     size = sum(tensor.nbytes for tensor in wrapped.state_dict().values())
     with _written_whole(path) as temporary:
@@ -86,6 +88,14 @@ def export_onnx(
         for batch in (1, 3):
             (logits,) = session.run(["logits"], {"pixel_values": images[:batch].numpy()})
             require_equal(torch.from_numpy(logits), expected[:batch], "The ONNX file")
+
+
+def _check_opset(written: int | None, requested: int | None) -> None:
+    if requested not in (None, written):
+        raise ValueError(
+            f"The exporter of torch {torch.__version__} wrote ONNX opset {written} instead of opset {requested} for "
+            f"this model; pass `opset={written}`, or leave it out."
+        )
 
 
 def _onnx_metadata(config: PromptedSparseConfig, use_prompt: bool) -> dict[str, str]:

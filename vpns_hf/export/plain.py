@@ -10,15 +10,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperForImageClassification
 
 from ..data.transforms import matching_image_processor
+from ..model.backbones import native_size
 from ..model.configuration import PromptedSparseConfig
 from ..model.modeling import PromptedSparseModel
+from ..model.tensor_shapes import build_backbone
 from .folding import Placement, fold_prompt, placing_processor
 from .timm import save_timm
 
@@ -92,6 +93,11 @@ def export_plain(
         raise FileExistsError(f"{folder} is not empty; name a new folder to export to.")
     use_prompt = resolve_prompt(model, use_prompt)
     plain = plain_model(model, use_prompt)
+    if "tensor_shapes" in plain.config.to_dict():
+        raise ValueError(
+            f"The layers of this {type(plain).__name__} were cut, and no stock model builds layers of such sizes; "
+            "export it to ONNX instead."
+        )
     if image_processor is not None:
         image_processor = matching_image_processor(image_processor, *model.config.geometry)
         if use_prompt and model.prompt is not None:
@@ -157,7 +163,7 @@ def _rebuilt(plain: PreTrainedModel, **changes: Any) -> PreTrainedModel:
     for name, value in changes.items():
         setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):
-        return type(plain)(config).eval()
+        return build_backbone(config).eval()
 
 
 def _at_image_size(plain: PreTrainedModel, config: PromptedSparseConfig) -> PreTrainedModel:
@@ -165,10 +171,12 @@ def _at_image_size(plain: PreTrainedModel, config: PromptedSparseConfig) -> PreT
 
     Stock models interpolate only in calls that request it, which a saved model cannot do.
     """
-    native = plain.config.to_dict().get("image_size")
+    native = native_size(plain.config)
     height, width = config.image_size or ()
-    if native is None or native == height == width or list(np.broadcast_to(native, 2)) == [height, width]:
+    if native is None or native == [height, width]:
         return plain
+    if "image_size" not in plain.config.to_dict():
+        raise _unsavable_size(plain, height, width, "its size is part of `vision_config`")
     resized = _rebuilt(plain, image_size=height if height == width else [height, width])
     state = plain.state_dict()
     for name, target in resized.state_dict().items():
@@ -176,15 +184,18 @@ def _at_image_size(plain: PreTrainedModel, config: PromptedSparseConfig) -> PreT
             continue
         owner, _, tensor_name = name.rpartition(".")
         if tensor_name != "position_embeddings":
-            raise ValueError(
-                f"A stock {type(plain).__name__} takes images of {height} x {width} pixels only in calls with "
-                f"`interpolate_pos_encoding=True`, which a saved model cannot request ({name} has another shape); "
-                "export it to ONNX instead."
-            )
+            raise _unsavable_size(plain, height, width, f"{name} has another shape")
         embeddings: Any = plain.get_submodule(owner)
         state[name] = embeddings.interpolate_pos_encoding(torch.empty_like(target), height, width)
     resized.load_state_dict(state)
     return resized
+
+
+def _unsavable_size(plain: PreTrainedModel, height: int, width: int, reason: str) -> ValueError:
+    return ValueError(
+        f"A stock {type(plain).__name__} takes images of {height} x {width} pixels only in calls with "
+        f"`interpolate_pos_encoding=True`, which a saved model cannot request ({reason}); export it to ONNX instead."
+    )
 
 
 def _label_weights(model: PromptedSparseModel) -> Tensor | None:

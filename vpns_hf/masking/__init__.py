@@ -9,9 +9,11 @@ has in the dense backbone.
 from .frozen import (
     change_frozen_masks,
     check_masks,
+    check_zeros,
     freeze,
     frozen_masks,
     mask_gradients,
+    nonzero_or_kept,
     unfreeze,
     zero_masked_weights,
 )
@@ -28,6 +30,7 @@ __all__ = [
     "attach_scores",
     "change_frozen_masks",
     "check_masks",
+    "check_zeros",
     "dense_state",
     "detach_scores",
     "erk_densities",
@@ -37,6 +40,7 @@ __all__ = [
     "kept_count",
     "mask_gradients",
     "masked_weights",
+    "nonzero_or_kept",
     "select_masks",
     "stored_weight",
     "unfreeze",

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from . import sharding
 from .frozen import overwrite
+from .precision import FixedPrecision
 from .prunable import PrunableWeight, parametrizations, stored_weight
 from .recomputation import can_recompute
 from .selection import select
@@ -47,11 +48,11 @@ class _StraightThroughMask(torch.autograd.Function):
         return kept_grad if ctx.needs_input_grad[0] else None, score_grad, None, None, None
 
 
-class MaskedWeight(nn.Module):
+class MaskedWeight(FixedPrecision):
     """Parametrization of one weight by a mask and the scores from which the mask is selected.
 
     Args:
-        scores: float32 tensor of the weight's shape; becomes a parameter.
+        scores: float32 tensor of the weight's shape; becomes a parameter and stays float32 when the model is cast.
         signed: rank the scores themselves, not their absolute values.
 
     Attributes:

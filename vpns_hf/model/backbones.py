@@ -22,6 +22,11 @@ from transformers import (
 )
 
 from ..hub import hub_kwargs
+from .checks import check_handed_over
+from .configuration import PromptedSparseConfig
+from .labels import labels_of, set_labels
+from .tensor_shapes import build_backbone
+from .timm_backbones import without_repeated_arguments, wrap_timm_model
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -43,6 +48,7 @@ def load_backbone(
         if kwargs:
             raise TypeError(f"{', '.join(kwargs)} only apply when the backbone is a Hub id or a folder.")
         model, missing = _as_classifier(backbone), set[str]()
+        check_handed_over(model, config_of(model), _find_image_size(model.config, None, None))
     else:
         model, missing = _download(backbone, kwargs)
         image_processor = image_processor or find_image_processor(backbone, kwargs)
@@ -59,7 +65,7 @@ def load_backbone(
             + (f" and the task has {len(labels)}." if labels else " that the checkpoint does not hold.")
         )
     if fresh:
-        model = _with_new_head(model, head, labels or model.config.id2label)
+        model = _with_new_head(model, head, labels or labels_of(model.config))
     elif labels is not None:
         set_labels(model.config, labels)
     return model, fresh, image_processor
@@ -75,15 +81,25 @@ def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[s
             f"{name!r} is no local folder with a transformers or timm config.json, nor could it be read from the Hub "
             f"({reason}). Check the spelling, the network, and `hf auth login` for private and gated models."
         ) from error
+    _refuse_pruned(config, name)
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(
             f"{name} is a {config.model_type!r} model, and transformers has no image classifier of that type; pass "
             "the id of an image classification model."
         )
-    model, info = AutoModelForImageClassification.from_pretrained(
-        name, **{"dtype": torch.float32} | kwargs, output_loading_info=True
-    )
+    settings = {"dtype": torch.float32} | kwargs
+    if isinstance(config, transformers.TimmWrapperConfig) and config.model_args:
+        settings |= {"config": without_repeated_arguments(config, name)}
+    model, info = AutoModelForImageClassification.from_pretrained(name, **settings, output_loading_info=True)
     return model, set(info["missing_keys"])
+
+
+def _refuse_pruned(config: PreTrainedConfig, name: str) -> None:
+    if isinstance(config, PromptedSparseConfig):
+        raise ValueError(
+            f"{name} is a pruned model already, and no backbone: continue with it by "
+            "`PromptedSparseModel.from_pretrained`, or pass the plain model that its `merge_and_unload()` returns."
+        )
 
 
 def find_image_processor(name: str, kwargs: Mapping[str, Any]) -> BaseImageProcessor | None:
@@ -108,6 +124,7 @@ def savable(image_processor: BaseImageProcessor | None) -> BaseImageProcessor | 
 
 def _as_classifier(model: nn.Module) -> PreTrainedModel:
     if isinstance(model, PreTrainedModel):
+        _refuse_pruned(model.config, type(model).__name__)
         if (
             type(model.config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
             or "ForImageClassification" not in type(model).__name__
@@ -117,46 +134,7 @@ def _as_classifier(model: nn.Module) -> PreTrainedModel:
                 "such as one of `AutoModelForImageClassification`."
             )
         return model
-    try:
-        timm_model: Any = model
-        pretrained_cfg, num_classes = dict(timm_model.pretrained_cfg), int(timm_model.num_classes)
-    except AttributeError:
-        raise ValueError(
-            f"{type(model).__name__} is neither a transformers image classifier nor a timm model; wrap it as one of "
-            "them."
-        ) from None
-    config = transformers.TimmWrapperConfig.from_dict(
-        {"architecture": pretrained_cfg["architecture"], "num_classes": num_classes, "pretrained_cfg": pretrained_cfg}
-    )
-    wrapper = transformers.TimmWrapperForImageClassification(config)
-    try:
-        wrapper.timm_model.load_state_dict(model.state_dict())
-    except RuntimeError as error:
-        raise ValueError(
-            f"This {config.architecture} was made with other arguments than timm's defaults; wrap it yourself with "
-            "`TimmWrapperForImageClassification(TimmWrapperConfig(architecture=..., model_args={...}))`."
-        ) from error
-    return wrapper.to(next(model.parameters()).device)
-
-
-def label_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[int, str] | None:
-    """Return the labels of the task by class id, or None where neither their number nor their names are given.
-
-    Raises:
-        ValueError: both are given and do not fit.
-    """
-    if id2label is not None:
-        if num_labels not in (None, len(id2label)):
-            raise ValueError(
-                f"`num_labels` is {num_labels}, but `id2label` names {len(id2label)} labels; pass one of them."
-            )
-        return {int(index): name for index, name in id2label.items()}
-    return None if num_labels is None else {index: f"LABEL_{index}" for index in range(num_labels)}
-
-
-def set_labels(config: PreTrainedConfig, labels: Mapping[int, str]) -> None:
-    """Write the labels into a configuration."""
-    config.id2label, config.label2id = dict(labels), {name: index for index, name in labels.items()}
+    return wrap_timm_model(model)
 
 
 def config_of(model: PreTrainedModel) -> PreTrainedConfig:
@@ -197,7 +175,7 @@ def _rebuilt(model: PreTrainedModel, labels: Mapping[int, str]) -> PreTrainedMod
     """Build a model of the same class and configuration with newly initialised weights and other labels."""
     config = config_of(model)
     set_labels(config, labels)
-    return AutoModelForImageClassification.from_config(config)
+    return build_backbone(config)
 
 
 def height_width(size: Any) -> list[int] | None:
@@ -223,20 +201,38 @@ def image_geometry(
     """Find image size, mean and std: as passed, else of the image processor, else of timm or the configuration."""
     processor = image_processor.to_dict() if image_processor is not None else {}
     timm_cfg = config.to_dict().get("pretrained_cfg") or {}
-    timm_size = timm_cfg.get("input_size")
-    sizes = (
-        image_size,
-        processor.get("crop_size") if processor.get("do_center_crop") else None,
-        processor.get("size"),
-        timm_size[1:] if timm_size else None,
-        config.to_dict().get("image_size"),
-    )
-    found = (height_width(size) for size in sizes)
     return {
-        "image_size": next((size for size in found if size), None),
+        "image_size": _find_image_size(config, image_processor, image_size),
         "image_mean": _first(image_mean, processor.get("image_mean"), timm_cfg.get("mean")),
         "image_std": _first(image_std, processor.get("image_std"), timm_cfg.get("std")),
     }
+
+
+def _find_image_size(
+    config: PreTrainedConfig, image_processor: BaseImageProcessor | None, passed: Sequence[int] | int | None
+) -> list[int] | None:
+    processor = image_processor.to_dict() if image_processor is not None else {}
+    timm_size = (config.to_dict().get("pretrained_cfg") or {}).get("input_size")
+    sizes = (
+        passed,
+        processor.get("crop_size") if processor.get("do_center_crop") else None,
+        processor.get("size"),
+        timm_size[1:] if timm_size else None,
+        _configured_size(config),
+    )
+    found = (height_width(size) for size in sizes)
+    return next((size for size in found if size), None)
+
+
+def _configured_size(config: PreTrainedConfig) -> Any:
+    """Return the image size of a configuration, which models of images and text keep in `vision_config`."""
+    fields = config.to_dict()
+    return fields.get("image_size") or (fields.get("vision_config") or {}).get("image_size")
+
+
+def native_size(config: PreTrainedConfig) -> list[int] | None:
+    """Return (height, width) for which a configuration builds position embeddings; None where it names no size."""
+    return height_width(_configured_size(config))
 
 
 def _first(*values: Sequence[float] | None) -> list[float] | None:
@@ -245,8 +241,15 @@ def _first(*values: Sequence[float] | None) -> list[float] | None:
 
 def position_kwargs(backbone: PreTrainedModel, image_size: Sequence[int] | None) -> dict[str, bool]:
     """Return the argument by which the backbone interpolates its position embeddings, where it is needed."""
-    native = height_width(backbone.config.to_dict().get("image_size"))
+    native = native_size(backbone.config)
     if image_size is None or native is None or list(image_size) == native:
         return {}
-    parameters = inspect.signature(backbone.forward).parameters
-    return {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
+    # Some classifiers pass the argument on to their embeddings among other keyword arguments.
+    takers = backbone.modules() if _takes(backbone, "kwargs") else (backbone,)
+    return (
+        {"interpolate_pos_encoding": True} if any(_takes(part, "interpolate_pos_encoding") for part in takers) else {}
+    )
+
+
+def _takes(module: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(module.forward).parameters

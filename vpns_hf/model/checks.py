@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import masking
 from ..label_mapping import get_label_mapping
+from .tensor_shapes import build_backbone
 
 if TYPE_CHECKING:
     from .modeling import PromptedSparseModel
@@ -53,15 +57,112 @@ def check_image_size(model: PromptedSparseModel) -> None:
     """
     if model.config.image_size is None:
         return
-    channels = len(model.config.image_mean) if model.config.image_mean else 3
+    channels = len(model.config.image_mean) if model.config.image_mean else _channels(model)
     image = torch.zeros(1, channels, *model.config.image_size, device=model.device, dtype=model.dtype)
     training = model.training
     try:
         with torch.no_grad():
-            model.eval()(image)
+            logits = model.eval().head_logits(image)
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(
             f"{type(model.backbone).__name__} does not accept images of {tuple(model.config.image_size)} (height, "
             f"width) with {channels} channels: {error}"
         ) from error
     model.train(training)
+    _check_class_count(model.backbone, model.config.backbone_config, logits)
+
+
+def _check_class_count(model: PreTrainedModel, config: PreTrainedConfig, logits: Tensor) -> None:
+    if logits.shape[-1] != config.num_labels:
+        raise ValueError(
+            f"{type(model).__name__} gives {logits.shape[-1]} logits, but its configuration counts "
+            f"{config.num_labels} labels; set `model.config.num_labels` to the number of classes of the head."
+        )
+
+
+def check_handed_over(model: PreTrainedModel, config: PreTrainedConfig, image_size: Sequence[int] | None) -> None:
+    """Refuse a model object that its configuration does not rebuild, so that a saved model could not be loaded.
+
+    The model and one that is built from the configuration, with the same weights, must give the same logits for a
+    random image. Shapes of layers that were cut before are recorded in `model.config.tensor_shapes`.
+
+    Args:
+        model: image classifier.
+        config: copy of its configuration.
+        image_size: (height, width) of that image; None: 224 pixels each.
+
+    Raises:
+        ValueError: the model was changed after it was built in a way that its configuration does not state.
+    """
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        return
+    image = _random_image(model, image_size or (224, 224))
+    expected = _logits(model, image)
+    _check_class_count(model, config, expected)
+    shapes, built = _shapes(model), _shapes(rebuilt := _built(config))
+    if changed := sorted(set(shapes) ^ set(built)):
+        raise ValueError(
+            f"{len(changed)} tensors of this {type(model).__name__} differ from those that its configuration builds, "
+            f"such as {changed[0]}, so it could not be loaded again after saving. Undo what changed it: merge "
+            "adapters, remove parametrizations (`torch.nn.utils.parametrize.remove_parametrizations`, "
+            "`torch.nn.utils.prune.remove`), and keep a head of the original form."
+        )
+    if cut := {name: shape for name, shape in shapes.items() if built[name] != shape}:
+        cut = (config.to_dict().get("tensor_shapes") or {}) | cut
+        model.config.update({"tensor_shapes": cut})
+        config.update({"tensor_shapes": cut})
+        rebuilt = _built(config)
+    rebuilt.to(model.device, model.dtype)
+    rebuilt.load_state_dict(model.state_dict())
+    found = _logits(rebuilt, image)
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()), equal_nan=True):
+        raise ValueError(
+            f"This {type(model).__name__} gives other logits than one that its configuration builds with the same "
+            f"weights (largest difference {float((found - expected).abs().max()):.2g}), so it would change by saving. "
+            "State in the configuration what was changed after building, such as activations or pooling, or undo it."
+        )
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _built(config: PreTrainedConfig) -> PreTrainedModel:
+    # The global random state stays as it is, so that seeded runs do not depend on the check.
+    with torch.random.fork_rng(devices=[]):
+        return build_backbone(config)
+
+
+def _random_image(model: PreTrainedModel, image_size: Sequence[int]) -> Tensor:
+    image = torch.randn(1, _channels(model), *image_size, generator=torch.Generator().manual_seed(0))
+    return image.to(model.device, model.dtype)
+
+
+def _channels(model: nn.Module) -> int:
+    """Return the channels of the images that the first convolution takes."""
+    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return next((module.in_channels for module in convolutions), 3)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, image: Tensor) -> Tensor:
+    try:
+        with _evaluating(model):
+            return model(pixel_values=image).logits.float()
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{type(model).__name__} fails on an image of the size of its configuration, {tuple(image.shape[1:])} "
+            f"(channels, height, width): {error}"
+        ) from error
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Set a model to evaluation mode, and every module back to its own mode at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

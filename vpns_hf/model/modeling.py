@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +13,16 @@ import torch
 from huggingface_hub import CommitInfo, ModelCard
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput
 
 from .. import hub
 from ..masking.recomputation import recomputing
 from . import backbones, checks, saving
+from .class_mapping import map_classes
 from .configuration import PromptedSparseConfig
-from .head import checked_classes, checked_matrix, classification_loss, map_logits, take_classes
+from .head import classification_loss, map_logits
+from .labels import label_names, labels_of, set_labels, share_labels
+from .outputs import check_outputs, requested_outputs
 from .prompts import build_prompt
 from .sparse_model import SparseModel
 from .subnetworks import fitting_masks, take_prompt
@@ -63,6 +65,7 @@ class PromptedSparseModel(SparseModel):
     label_matrix: Tensor | None
 
     def __init__(self, config: PromptedSparseConfig, backbone: PreTrainedModel | None = None):
+        share_labels(config, config.backbone_config)
         super().__init__(config, backbone)
         self.prompt = build_prompt(config)
         shape = (config.backbone_config.num_labels, config.num_labels)
@@ -144,7 +147,7 @@ class PromptedSparseModel(SparseModel):
             ValueError: no image classifier, nothing to prune, settings that do not fit together.
             OSError: the backbone cannot be found.
         """
-        labels = backbones.label_names(num_labels, id2label)
+        labels = label_names(num_labels, id2label)
         checks.check_settings(sparsity, label_mapping, new_head, labels)
         model, fresh_head, image_processor = backbones.load_backbone(
             backbone, None if label_mapping else labels, new_head, image_processor, kwargs
@@ -162,10 +165,10 @@ class PromptedSparseModel(SparseModel):
             prompt_inner_size=backbones.height_width(prompt_inner_size),
             label_mapping=label_mapping,
             keep_source_head=keep_source_head,
-            id2label=dict(labels or model.config.id2label),
+            id2label=dict(labels or labels_of(model.config)),
             **geometry,
         )
-        backbones.set_labels(config, config.id2label)
+        set_labels(config, labels or labels_of(model.config))
         wrapped = cls(config, model)
         if geometry == backbones.image_geometry(model.config, image_processor):
             wrapped.image_processor = backbones.savable(image_processor)
@@ -240,7 +243,7 @@ class PromptedSparseModel(SparseModel):
             title: heading of the card, and the name that its code loads: `user/name` or a folder.
             tags, metadata: additional metadata, such as `license` or `datasets`.
         """
-        masks = self.masks().values()
+        masks = self._measured_masks().values()
         kept, total = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
         source = self.config.backbone_config.name_or_path
         return hub.short_card(
@@ -257,7 +260,12 @@ class PromptedSparseModel(SparseModel):
         )
 
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, use_prompt: bool | None = None
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        use_prompt: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> ImageClassifierOutput:
         """Classify images.
 
@@ -267,15 +275,23 @@ class PromptedSparseModel(SparseModel):
                 ones [n, num_labels].
             use_prompt: whether the visual prompt is added; None: `config.use_prompt`.
 
+            output_attentions, output_hidden_states: whether those of the backbone are returned; None: as the
+                configuration says.
+
         Returns:
             `logits` [n, num_labels] and, with labels, the mean cross-entropy `loss`, binary for several labels an
-            image. Until a label mapping is set, the logits are those of the source classes.
+            image; `attentions` and `hidden_states` where they are requested. Until a label mapping is set, the logits
+            are those of the source classes.
 
         Raises:
-            ValueError: a prompt is requested, but the model has none.
+            ValueError: a prompt is requested, but the model has none; or the backbone does not return the attentions
+                or hidden states that are requested.
         """
-        logits = map_logits(self.head_logits(pixel_values, use_prompt), self.config, self.label_matrix)
-        return ImageClassifierOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
+        extras = requested_outputs(self.config, output_attentions, output_hidden_states)
+        output = self._run_backbone(pixel_values, use_prompt, extras)
+        logits = map_logits(output.logits, self.config, self.label_matrix)
+        loss = None if labels is None else self.loss(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits, **{name: output[name] for name in extras})
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss of logits [n, num_labels]: `task_loss`, or without one that of the backbone's problem."""
@@ -293,6 +309,9 @@ class PromptedSparseModel(SparseModel):
         Raises:
             ValueError: a prompt is requested, but the model has none.
         """
+        return self._run_backbone(pixel_values, use_prompt).logits
+
+    def _run_backbone(self, pixel_values: Tensor, use_prompt: bool | None, extras: Sequence[str] = ()) -> ModelOutput:
         if use_prompt is None:
             use_prompt = self.config.use_prompt
         if use_prompt:
@@ -300,7 +319,10 @@ class PromptedSparseModel(SparseModel):
                 raise ValueError('`use_prompt=True`, but this model has no prompt; build it with `prompt="pad"`.')
             pixel_values = self.prompt(pixel_values)
         with recomputing() if self.config.state == "search" else nullcontext():
-            return self.backbone(pixel_values=pixel_values, **self._backbone_kwargs).logits
+            requests = {f"output_{name}": True for name in extras}
+            output = self.backbone(pixel_values=pixel_values, **self._backbone_kwargs, **requests)
+        check_outputs(output, extras, type(self.backbone).__name__)
+        return output
 
     def for_inference(self, example: Tensor, **kwargs: Any) -> Any:
         """Copy a frozen model for faster inference on this CPU, with sparse kernels where they are measured faster.
@@ -364,9 +386,8 @@ class PromptedSparseModel(SparseModel):
         """Map the source classes of the head to the target classes, in any state.
 
         Args:
-            mapping: source class of each target class, integers [num_labels]; with `label_mapping="bayesian"` the
-                weight of each source class for each target class, floats [source, num_labels]
-                (see [`label_mapping.map_labels`]).
+            mapping: source class of each target class, integers [num_labels]; with `label_mapping="bayesian"` weights
+                [source, num_labels] (see [`label_mapping.map_labels`]).
             final: whether this mapping is the last. With False the head keeps all source classes and another mapping
                 may follow. With True a one-to-one mapping slices the head and its masks to the mapped classes, unless
                 `keep_source_head`; in the search state new masks are then selected.
@@ -375,29 +396,4 @@ class PromptedSparseModel(SparseModel):
             ValueError: the model was not built with a label mapping, has a final one already, or this one does not
                 fit.
         """
-        if self.config.label_mapping is None or self.config.label_mapping_state == "final":
-            raise ValueError(
-                "This model takes no label mapping: it was built without `label_mapping`, or a final one is already "
-                "set."
-            )
-        if self.label_matrix is not None:
-            self.label_matrix.copy_(checked_matrix(mapping, self.label_matrix.shape))
-        else:
-            mapped = checked_classes(mapping, self.config.num_labels, self.config.backbone_config.num_labels)
-            if final and not self.config.keep_source_head:
-                return self._slice_head(mapped)
-            self.config.mapped_labels = mapped
-        self.config.label_mapping_state = "final" if final else "open"
-
-    def _slice_head(self, mapped: list[int]) -> None:
-        self.gather_shards()
-        config = copy.deepcopy(self.config)
-        config.mapped_labels, config.label_mapping_state = mapped, "final"
-        backbones.set_labels(config.backbone_config, config.id2label)
-        sliced = self._rebuilt(config)
-        sliced.load_state_dict(take_classes(self.state_dict(), sliced.state_dict(), mapped), assign=True)
-        self.replace_with(sliced)
-        if self.config.state == "search":
-            self.update_masks()
-        elif self.config.state == "frozen":
-            self.config.sparsity = self.sparsity
+        map_classes(self, mapping, final)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..masking.precision import FixedPrecision
+
 if TYPE_CHECKING:
     from .configuration import PromptedSparseConfig
 
@@ -35,8 +37,10 @@ class _ClampPixels(torch.autograd.Function):
         return torch.where((pixels >= 0) & (pixels <= 1), grad, 0)
 
 
-class VisualPrompt(nn.Module):
+class VisualPrompt(FixedPrecision):
     """Base of all prompts: placing, adding, clamping. A subclass brings its parameters and `delta`.
+
+    Parameters stay float32 when the model is cast.
 
     Args:
         config: holds `image_size`, `image_mean`, `image_std`, `prompt_size` and `prompt_inner_size`.

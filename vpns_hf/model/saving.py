@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from .. import hub
+from ..masking.frozen import check_zeros
 from . import backbones, packed_shards
+from .labels import share_labels
 
 if TYPE_CHECKING:
     from .modeling import PromptedSparseModel
@@ -44,6 +46,7 @@ def save(
             f"Only frozen masks can be packed; the model is in the {model.config.state!r} state. Call "
             "`freeze_masks()` first."
         )
+    share_labels(model.config, model.config.backbone_config)
     folder = Path(save_directory)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
@@ -132,6 +135,8 @@ def _load(
             f"or have another shape; {wrong[0]}. The download may be incomplete."
         )
     check_prompt(model)
+    if model.config.state == "frozen" and not files:
+        check_zeros(model.prunable_weights(), model.masks(), f"{name} is damaged or was not saved by this library")
     model.name_or_path = model.config.name_or_path = name
     model._mask_gradients()
     if hub.find_file(name, IMAGE_PROCESSOR_NAME, kwargs):

@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .. import masking
 from ..masking import sharding
@@ -18,9 +18,13 @@ from ..masking.prunable import MASK_SUFFIX, PrunableWeight, parametrizations, st
 from ..masking.search import MaskedWeight
 from .backbones import position_kwargs
 from .configuration import PromptedSparseConfig
+from .labels import share_labels
 from .sparsity import SparsityReport, measure_sparsity
+from .tensor_shapes import build_backbone
 
 logger = logging.getLogger(__name__)
+_ZEROS_LOST = "call `zero_masked_weights()` to write the zeros, which changes the logits"
+_DENSE_STATE = "multiply the weights of the state by the masks, or load it into a model in the dense state"
 ROLES = ("scores", "prompt", "head", "weights")
 
 
@@ -39,7 +43,7 @@ class SparseModel(PreTrainedModel):
 
     def __init__(self, config: PromptedSparseConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        self.backbone = backbone or AutoModelForImageClassification.from_config(config.backbone_config)
+        self.backbone = backbone or build_backbone(config.backbone_config)
         self._backbone_kwargs = position_kwargs(self.backbone, config.image_size)
         self._collapsed = set[str]()
         if config.state == "search":
@@ -104,9 +108,22 @@ class SparseModel(PreTrainedModel):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the prunable weights that are masked, measured."""
-        masks = self.masks().values()
+        """Measured fraction of the prunable weights that are masked; frozen ones count only where they are zero.
+
+        Raises:
+            ValueError: there is no prunable weight, as where quantisation has replaced all layers.
+        """
+        masks = self._measured_masks().values()
+        if not masks:
+            raise ValueError(
+                "This model has no prunable weight, so no sparsity can be measured; its layers were replaced, as "
+                "quantisation does."
+            )
         return 1 - sharding.count_true(masks) / sum(mask.numel() for mask in masks)
+
+    def _measured_masks(self) -> dict[str, Tensor]:
+        frozen = self.config.state == "frozen"
+        return masking.nonzero_or_kept(self.prunables()) if frozen else self.masks()
 
     def set_sparsity(self, sparsity: float) -> None:
         """Change the sparsity and select new masks; search state only."""
@@ -149,7 +166,7 @@ class SparseModel(PreTrainedModel):
     def sparsity_report(self) -> SparsityReport:
         """Report kept and total weights, bytes and multiply-accumulates of every prunable layer."""
         return measure_sparsity(
-            self.backbone, self.prunables(), self.masks(), self.config.image_size, self._backbone_kwargs
+            self.backbone, self.prunables(), self._measured_masks(), self.config.image_size, self._backbone_kwargs
         )
 
     def attach_scores(self, signed: bool = False) -> None:
@@ -220,12 +237,17 @@ class SparseModel(PreTrainedModel):
         """Return the plain backbone with the zeros written in; this wrapper must not be used afterwards.
 
         With `keep_source_head` or a `"bayesian"` label mapping the plain model still has all source classes.
+
+        Raises:
+            ValueError: a pruned weight is not zero any more.
         """
         self.gather_shards()
         if self.config.state == "search":
             self.freeze_masks()
         if self.config.state == "frozen":
+            masking.check_zeros(self.prunable_weights(), self.masks(), _ZEROS_LOST)
             masking.unfreeze(self.prunables())
+        share_labels(self.config, self.backbone.config)
         return self.backbone
 
     def _require(self, state: str, action: str) -> None:
@@ -262,6 +284,24 @@ class SparseModel(PreTrainedModel):
         if self.config.state == "frozen":
             self.zero_masked_weights()
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dictionary as any module does; pruned weights get no gradient afterwards, also with `assign`.
+
+        Raises:
+            ValueError: in the frozen state, a weight is not zero where the mask that it comes with, or else that of
+                this model, is False. Nothing is loaded then.
+        """
+        if self.config.state == "frozen":
+            own = self.masks()
+            masks = {name: state_dict.get(f"backbone.{name}{MASK_SUFFIX}", mask) for name, mask in own.items()}
+            weights = {
+                name: state_dict.get(f"backbone.{name}", weight) for name, weight in self.prunable_weights().items()
+            }
+            masking.check_zeros(weights, masks, _DENSE_STATE)
+        result = super().load_state_dict(state_dict, strict, assign)
+        self._mask_gradients()
+        return result
+
     def zero_masked_weights(self) -> None:
         """Write the zeros into pruned weights, for training loops that overwrite parameters; frozen state only."""
         self._require("frozen", "write zeros")
@@ -271,7 +311,7 @@ class SparseModel(PreTrainedModel):
         """Take over weights, state and configuration of another model, so that references to this one stay valid."""
         self.__setstate__(other.__dict__)
 
-    def _rebuilt(self, config: PromptedSparseConfig) -> Self:
+    def rebuilt(self, config: PromptedSparseConfig) -> Self:
         """Build a model without loading weights, with the trainable parameters and the mode of this one."""
         trainable = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         with torch.device(self.device):
@@ -299,7 +339,7 @@ class SparseModel(PreTrainedModel):
         """
         if not sharding.is_sharded(self.parameters()):
             return
-        whole = self._rebuilt(copy.deepcopy(self.config))
+        whole = self.rebuilt(copy.deepcopy(self.config))
         whole.load_state_dict(sharding.full_state(self, on_every_process=True), assign=True)
         sharding.forget(self)
         self.__class__ = type(whole)

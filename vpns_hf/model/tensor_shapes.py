@@ -1,0 +1,57 @@
+"""Give a backbone layers of other sizes than its configuration builds, as structured pruning leaves them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+
+
+def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build an image classifier with newly initialised weights from its configuration.
+
+    Args:
+        config: configuration; its field `tensor_shapes`, if any, holds the shapes of the parameters and buffers
+            by name that differ from those that the class builds.
+
+    Raises:
+        ValueError: `tensor_shapes` names a tensor that the backbone does not have.
+    """
+    backbone = AutoModelForImageClassification.from_config(config)
+    if shapes := config.to_dict().get("tensor_shapes"):
+        _resize(backbone, shapes)
+    return backbone
+
+
+def _resize(backbone: PreTrainedModel, shapes: Mapping[str, Sequence[int]]) -> None:
+    own = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
+    if unknown := sorted(set(shapes) - set(own)):
+        raise ValueError(
+            f"`tensor_shapes` of the backbone names {unknown[0]!r}, which {type(backbone).__name__} does not have; "
+            "the configuration is damaged."
+        )
+    for name, shape in shapes.items():
+        owner, _, tensor_name = name.rpartition(".")
+        module, tensor = backbone.get_submodule(owner), own[name]
+        resized = torch.zeros(tuple(shape), dtype=tensor.dtype, device=tensor.device)
+        if isinstance(tensor, nn.Parameter):
+            setattr(module, tensor_name, nn.Parameter(resized, tensor.requires_grad))
+        else:
+            setattr(module, tensor_name, resized)
+        _set_sizes(module)
+
+
+def _set_sizes(module: nn.Module) -> None:
+    """Set the sizes that a layer states to those of its weight."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        if module.groups == module.out_channels:
+            module.groups = module.weight.shape[0]
+        module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        module.num_features = len(module.weight)
