@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from vpns_hf.data import ImageTransforms, RoleBatchSampler, RoleDataset, collate_images, load_transfer_dataset
-from vpns_hf.data.batches import SampleKey
+from vpns_hf.data.batches import RoleCollator, RoleItem, SampleKey
 
 
 def shape(sampler: RoleBatchSampler) -> list[tuple[str, list[int]]]:
@@ -127,7 +127,7 @@ def role_loader(sampler: RoleBatchSampler, num_workers: int = 0) -> DataLoader:
     # The loader draws a seed for its workers from the global generator unless it has one of its own.
     own = torch.Generator().manual_seed(0)
     return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate_images, num_workers=num_workers, generator=own
+        dataset, batch_sampler=sampler, collate_fn=RoleCollator(collate_images), num_workers=num_workers, generator=own
     )
 
 
@@ -168,7 +168,11 @@ class TestRoleDataset:
         dataset = RoleDataset(data.with_transform(transforms.train), data.with_transform(transforms.eval))
         sampler = RoleBatchSampler(len(data), 4, "alternate")
         one, other = (
-            list(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_images, num_workers=workers))
+            list(
+                DataLoader(
+                    dataset, batch_sampler=sampler, collate_fn=RoleCollator(collate_images), num_workers=workers
+                )
+            )
             for workers in (0, 2)
         )
         assert_same_batches(one, other)
@@ -209,7 +213,9 @@ class TestThroughAccelerate:
     def test_epoch_reaches_the_sampler_without_the_help_of_the_data_set(self):
         sampler = RoleBatchSampler(10, 3, "alternate", window=2)
         shard = BatchSamplerShard(sampler, num_processes=2, process_index=0)
-        loader = DataLoaderShard(RoleDataset(Noise(), Noise()), batch_sampler=shard, collate_fn=collate_images)
+        loader = DataLoaderShard(
+            RoleDataset(Noise(), Noise()), batch_sampler=shard, collate_fn=RoleCollator(collate_images)
+        )
         loader.set_epoch(4)
         assert sampler.epoch == 4
 
@@ -227,7 +233,7 @@ class TestThroughAccelerate:
             sampler = RoleBatchSampler(10, 3, "alternate", window=2)
             shard = BatchSamplerShard(sampler, num_processes=2, process_index=rank, even_batches=even_batches)
             dataset = RoleDataset(Noise(), Noise(), sampler)
-            loader = DataLoaderShard(dataset, batch_sampler=shard, collate_fn=collate_images)
+            loader = DataLoaderShard(dataset, batch_sampler=shard, collate_fn=RoleCollator(collate_images))
             if skip:
                 loader = skip_first_batches(loader, skip)
             loader.set_epoch(3)
@@ -266,9 +272,27 @@ class TestCollate:
         assert list(collate_images([{"pixel_values": self.image()}])) == ["pixel_values"]
 
     def test_one_role(self):
-        assert collate_images([{"pixel_values": self.image(), "use_prompt": True}] * 2)["use_prompt"] is True
+        collate, example = RoleCollator(collate_images), {"pixel_values": self.image()}
+        assert collate([RoleItem(example, True)] * 2)["use_prompt"] is True
+        assert collate([RoleItem(example, False)])["use_prompt"] is False
         with pytest.raises(ValueError, match="mixes prompted and plain"):
-            collate_images([{"pixel_values": self.image(), "use_prompt": role} for role in (True, False)])
+            collate([RoleItem(example, role) for role in (True, False)])
+
+    def test_the_role_is_added_whatever_the_collator_keeps(self):
+        items = [RoleItem({"pixel_values": self.image(), "label": index}, True) for index in range(2)]
+        batch = RoleCollator(lambda examples: {"label": torch.tensor([each["label"] for each in examples])})(items)
+        assert batch["labels"].tolist() == [0, 1]
+        assert set(batch) == {"labels", "use_prompt"}
+
+    def test_drop_last_leaves_out_images_that_do_not_fill_a_step(self):
+        for window, expected in ((1, 3), (2, 2)):
+            sampler = RoleBatchSampler(10, 3, "never", window, drop_last=True)
+            batches = list(sampler)
+            assert len(batches) == len(sampler) == expected
+            rows = [key.index for batch in batches for key in batch]
+            assert len(rows) == len(set(rows)) == 3 * expected
+        with pytest.raises(ValueError, match="No step is left with drop_last: 10 images do not fill one of 12"):
+            RoleBatchSampler(10, 3, "never", 4, drop_last=True)
 
     def test_sizes_that_differ(self):
         with pytest.raises(ValueError, match=r"differ in shape \(\(3, 2, 2\), \(3, 4, 4\)\)"):

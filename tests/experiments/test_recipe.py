@@ -190,17 +190,18 @@ def test_comparison_goes_on_in_the_middle_of_a_cell(task, monkeypatch):
     """Killed after the search of a cell: its finished stages are kept, and the line is that of the whole run."""
     whole = [json.loads(line) for line in compare(task, "--methods", "vpns", "--sparsities", "0.8", "--seeds", "1")]
     (task / "out/results.jsonl").unlink()
-    keep = vpns_hf.VPNsTrainer._keep
+    train_stage = vpns_hf.VPNsTrainer._train_stage
 
-    def stop_after_search(self, folder, record):
-        keep(self, folder, record)
-        if folder.name.endswith("search"):
+    def stop_after_search(self, plan, *args, **kwargs):
+        output = train_stage(self, plan, *args, **kwargs)
+        if plan.name == "search":
             raise KeyboardInterrupt
+        return output
 
-    monkeypatch.setattr(vpns_hf.VPNsTrainer, "_keep", stop_after_search)
+    monkeypatch.setattr(vpns_hf.VPNsTrainer, "_train_stage", stop_after_search)
     with pytest.raises(SystemExit, match="130"):
         compare(task, "--methods", "vpns", "--sparsities", "0.8", "--seeds", "1")
-    monkeypatch.setattr(vpns_hf.VPNsTrainer, "_keep", keep)
+    monkeypatch.setattr(vpns_hf.VPNsTrainer, "_train_stage", train_stage)
     assert not (task / "out/results.jsonl").exists()
     resumed = [json.loads(line) for line in compare(task, "--methods", "vpns", "--sparsities", "0.8", "--seeds", "1")]
     assert resumed[0] | {"seconds": 0} == whole[0] | {"seconds": 0}

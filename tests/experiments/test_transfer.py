@@ -204,15 +204,16 @@ def test_killed_between_and_within_cells(folder, monkeypatch, capsys):
     settings = dict(targets=["./left"], methods=["vpns", "dense"])
     whole = run(folder, **settings)
     shutil.rmtree(folder / "out")
-    keep, stages = vpns_hf.VPNsTrainer._keep, []
+    train_stage, stages = vpns_hf.VPNsTrainer._train_stage, []
 
-    def stop(self, *args):
-        keep(self, *args)
-        stages.append(self.stage.name)
+    def stop(self, plan, *args, **kwargs):
+        output = train_stage(self, plan, *args, **kwargs)
+        stages.append(plan.name)
         if len(stages) == stop.after:
             raise KeyboardInterrupt
+        return output
 
-    monkeypatch.setattr(vpns_hf.VPNsTrainer, "_keep", stop)
+    monkeypatch.setattr(vpns_hf.VPNsTrainer, "_train_stage", stop)
     # vpns: warm-up and search on the source, warm-up and tuning on the target; dense: the latter.
     for stop.after in (1, 2, 3, 4, 5):
         with pytest.raises(SystemExit, match="130"):

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification, TrainerCallback, model
 from helpers.models import CONFIGS, tiny_model
 from helpers.training import Images
 from vpns_hf import VPNsTrainer, VPNsTrainingArguments
-from vpns_hf.training import trainer
+from vpns_hf.training import restoring
 
 # The last step is no end of an epoch, and no step that is logged or saved is one that is evaluated.
 SETTINGS = dict(
@@ -60,7 +60,7 @@ class FileChanges:
         # These write in C++ and Rust, where Python sees nothing.
         torch.save = self._half_writing(torch.save)
         modeling_utils.safe_save_file = self._half_writing(save_file)
-        trainer.save_file = self._half_writing(save_file)
+        restoring.save_file = self._half_writing(save_file)
 
     def _audit(self, event, arguments):
         if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & WRITING):

@@ -33,7 +33,7 @@ def test_every_method_ends_with_exact_counts_and_zeros(method, tmp_path):
     masks, weights = model.masks(), model.prunable_weights()
     kept = sum(int(mask.sum()) for mask in masks.values())
     total = sum(mask.numel() for mask in masks.values())
-    if get_method(method).stages[-1].scope == "layer" or method in ("omp_layer", "random", "sparsegpt"):
+    if get_method(method).stages[-1].masks.scope == "layer" or method in ("omp_layer", "random", "sparsegpt"):
         assert all(int(mask.sum()) == kept_count(mask.numel(), SPARSITY) for mask in masks.values())
     elif method == "wanda":
         rows = [row for mask in masks.values() for row in mask.flatten(1)]
@@ -323,7 +323,7 @@ def test_bip_weights_and_scores_both_meet_both_kinds_of_batches(tmp_path):
 
     class Trainer(VPNsTrainer):
         def training_step(self, model, inputs, *args, **kwargs):
-            if self.stage.name == "search":
+            if self.plan.name == "search":
                 clean = (inputs["pixel_values"].unsqueeze(1) == Images(augment=False).images).flatten(2).all(2).any()
                 turn = self.optimizer.optimizer.turns[self.optimizer.optimizer.steps % 4]
                 met.add(("scores" in turn, bool(clean)))
@@ -603,7 +603,7 @@ def test_same_batches_for_methods_without_a_prompt(tmp_path):
         ("hydra", True, True),
     ):
         trainer = make_trainer(tmp_path / f"{method}-{mix}", build(method), method=method, mix_unaugmented=mix)
-        trainer.stage = trainer.stages[-1]
+        trainer.plan = trainer.plan_stages()[-1]
         shown = torch.cat([batch["pixel_values"] for batch in trainer.get_train_dataloader()])
         unaugmented = (shown.unsqueeze(1) == clean).flatten(2).all(2).any(1)
         assert len(shown) == (32 if expected else 16)
