@@ -18,6 +18,8 @@ from transformers import ViTImageProcessor
 from vpns_hf.data import ImageTransforms, RoleBatchSampler, RoleDataset, collate_images, load_transfer_dataset
 from vpns_hf.data.batches import RoleCollator, RoleItem, SampleKey
 
+COLLATE = RoleCollator(collate_images)
+
 
 def shape(sampler: RoleBatchSampler) -> list[tuple[str, list[int]]]:
     return [("P" if batch[0].use_prompt else "-", [key.index for key in batch]) for batch in sampler]
@@ -126,9 +128,7 @@ def role_loader(sampler: RoleBatchSampler, num_workers: int = 0) -> DataLoader:
     dataset = RoleDataset(Noise(), Noise(), sampler)
     # The loader draws a seed for its workers from the global generator unless it has one of its own.
     own = torch.Generator().manual_seed(0)
-    return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=RoleCollator(collate_images), num_workers=num_workers, generator=own
-    )
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=COLLATE, num_workers=num_workers, generator=own)
 
 
 def assert_same_batches(one: list[dict], other: list[dict]) -> None:
@@ -142,8 +142,8 @@ def assert_same_batches(one: list[dict], other: list[dict]) -> None:
 class TestRoleDataset:
     def test_each_role_has_its_view(self):
         dataset = RoleDataset([{"label": 0}, {"label": 1}], [{"label": 10}, {"label": 11}])
-        assert dataset[SampleKey(1, False, 0)] == {"label": 1, "use_prompt": False}
-        assert dataset[SampleKey(1, True, 0)] == {"label": 11, "use_prompt": True}
+        assert dataset[SampleKey(1, False, 0)] == RoleItem({"label": 1}, False)
+        assert dataset[SampleKey(1, True, 0)] == RoleItem({"label": 11}, True)
         assert len(dataset) == 2
 
     def test_views_of_different_length(self):
@@ -153,9 +153,9 @@ class TestRoleDataset:
     def test_an_item_is_a_function_of_its_key(self):
         dataset = RoleDataset(Noise(), Noise())
         torch.rand(3)
-        first = dataset[SampleKey(3, True, 2**63 - 1)]["pixel_values"]
-        assert torch.equal(first, dataset[SampleKey(3, True, 2**63 - 1)]["pixel_values"])
-        assert not torch.equal(first, dataset[SampleKey(3, True, 5)]["pixel_values"])
+        first = dataset[SampleKey(3, True, 2**63 - 1)].example["pixel_values"]
+        assert torch.equal(first, dataset[SampleKey(3, True, 2**63 - 1)].example["pixel_values"])
+        assert not torch.equal(first, dataset[SampleKey(3, True, 5)].example["pixel_values"])
 
     def test_workers_make_no_difference(self):
         loaders = [role_loader(RoleBatchSampler(10, 3, "alternate", seed=7), workers) for workers in (0, 2)]
@@ -168,11 +168,7 @@ class TestRoleDataset:
         dataset = RoleDataset(data.with_transform(transforms.train), data.with_transform(transforms.eval))
         sampler = RoleBatchSampler(len(data), 4, "alternate")
         one, other = (
-            list(
-                DataLoader(
-                    dataset, batch_sampler=sampler, collate_fn=RoleCollator(collate_images), num_workers=workers
-                )
-            )
+            list(DataLoader(dataset, batch_sampler=sampler, collate_fn=COLLATE, num_workers=workers))
             for workers in (0, 2)
         )
         assert_same_batches(one, other)
@@ -213,9 +209,7 @@ class TestThroughAccelerate:
     def test_epoch_reaches_the_sampler_without_the_help_of_the_data_set(self):
         sampler = RoleBatchSampler(10, 3, "alternate", window=2)
         shard = BatchSamplerShard(sampler, num_processes=2, process_index=0)
-        loader = DataLoaderShard(
-            RoleDataset(Noise(), Noise()), batch_sampler=shard, collate_fn=RoleCollator(collate_images)
-        )
+        loader = DataLoaderShard(RoleDataset(Noise(), Noise()), batch_sampler=shard, collate_fn=COLLATE)
         loader.set_epoch(4)
         assert sampler.epoch == 4
 
@@ -233,7 +227,7 @@ class TestThroughAccelerate:
             sampler = RoleBatchSampler(10, 3, "alternate", window=2)
             shard = BatchSamplerShard(sampler, num_processes=2, process_index=rank, even_batches=even_batches)
             dataset = RoleDataset(Noise(), Noise(), sampler)
-            loader = DataLoaderShard(dataset, batch_sampler=shard, collate_fn=RoleCollator(collate_images))
+            loader = DataLoaderShard(dataset, batch_sampler=shard, collate_fn=COLLATE)
             if skip:
                 loader = skip_first_batches(loader, skip)
             loader.set_epoch(3)
