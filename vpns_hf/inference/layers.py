@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 
 import torch
@@ -22,8 +21,9 @@ class SparseLayer(nn.Module):
     """Base of all sparse layers: a weight matrix [out, in] in compressed rows (CSR), with int32 indices.
 
     Args:
-        weight: dense matrix [out, in], float32.
+        weight: dense weight [out, in / groups, ...], float32.
         bias: [out], or None.
+        groups: of output rows, each with inputs of its own: blocks on the diagonal of the matrix.
 
     Attributes:
         row_starts: [out + 1], where each row starts in `columns` and `values`.
@@ -33,15 +33,18 @@ class SparseLayer(nn.Module):
     row_starts: Tensor
     columns: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, groups: int = 1):
         super().__init__()
         with warnings.catch_warnings():
             # torch calls its CSR tensors a beta feature, once in a process.
             warnings.simplefilter("ignore", UserWarning)
-            matrix = weight.detach().to_sparse_csr()
-        self.shape = tuple(weight.shape)
+            matrix = weight.detach().flatten(1).to_sparse_csr()
+        rows, inputs = matrix.shape
+        group_of_row = torch.arange(rows) // (rows // groups)
+        first_input = inputs * group_of_row.repeat_interleave(matrix.crow_indices().diff())
+        self.shape = (rows, inputs * groups)
         self.register_buffer("row_starts", matrix.crow_indices().int())
-        self.register_buffer("columns", matrix.col_indices().int())
+        self.register_buffer("columns", (matrix.col_indices() + first_input).int())
         # Models without any parameter have no dtype and device for transformers.
         self.values = nn.Parameter(matrix.values(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
@@ -87,7 +90,7 @@ class SparseConv2d(SparseLayer):
     """
 
     def __init__(self, layer: nn.Conv2d):
-        super().__init__(_convolution_matrix(layer), layer.bias)
+        super().__init__(layer.weight, layer.bias, layer.groups)
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
         self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
         self.padding, self.padding_mode, self.groups = _padding(layer), layer.padding_mode, layer.groups
@@ -132,16 +135,3 @@ def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
         else:
             sides += [0, 0] if isinstance(layer.padding, str) else [int(layer.padding[dim])] * 2
     return tuple(sides)
-
-
-def _convolution_matrix(layer: nn.Conv2d) -> Tensor:
-    """The weight as a matrix [out, in channels * kernel]; groups are blocks on its diagonal."""
-    weight = layer.weight.detach().flatten(1)
-    if layer.groups == 1:
-        return weight
-    matrix = weight.new_zeros(len(weight), layer.in_channels * math.prod(layer.kernel_size))
-    rows, columns = len(weight) // layer.groups, weight.shape[1]
-    for group in range(layer.groups):
-        block = slice(group * rows, (group + 1) * rows)
-        matrix[block, group * columns : (group + 1) * columns] = weight[block]
-    return matrix
