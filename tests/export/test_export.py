@@ -386,6 +386,18 @@ def test_onnx_of_a_searching_half_precision_model_with_a_label_mapping(tmp_path)
     assert_onnx(tmp_path / "model.onnx", model.float(), use_prompt=False)
 
 
+@pytest.mark.parametrize(("family", "opset"), [("vit", 13), ("vit", 15), ("resnet", 13), ("resnet", 20)])
+def test_onnx_files_have_the_opset_that_was_requested_or_are_not_written(family, opset, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    try:
+        export_onnx(frozen(family), tmp_path / "model.onnx", opset=opset)
+    except ValueError as error:
+        assert f"instead of opset {opset} for this model; pass `opset=" in str(error)  # noqa: PT017  # both are right
+        assert not list(tmp_path.iterdir())
+    else:
+        assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == opset
+
+
 @pytest.mark.slow
 def test_onnx_at_another_image_size(tmp_path):
     model = frozen("vit", image_size=48)
