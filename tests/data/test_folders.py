@@ -8,7 +8,7 @@ import datasets
 import pytest
 from helpers.pictures import in_memory, picture
 
-from vpns_hf.data import load_transfer_dataset
+from vpns_hf.data import load_evaluation_split, load_transfer_dataset
 from vpns_hf.data.folders import list_folder, read_image_folder
 
 LOGGERS = ("vpns_hf.data.folders", "vpns_hf.data.loading")
@@ -221,6 +221,32 @@ class TestSentences:
         (tmp_path / "images" / "metadata.csv").write_text("file_name,label\n" + rows)
         assert sum(sizes(load_transfer_dataset(tmp_path)).values()) == 20
         assert any(line.startswith(f"Left out: 3 of the 23 image files of '{tmp_path}'") for line in said())
+
+
+class TestEvaluation:
+    """A folder without splits is evaluated whole; one with splits as it was trained."""
+
+    def test_all_of_a_folder_without_splits(self, tmp_path):
+        write(tmp_path, *numbered("cat", 7), "dog/1.png")
+        images = load_evaluation_split(tmp_path)
+        assert images["label"][:] == [0] * 7 + [1]
+        assert images[0]["image"].mode == "RGB"
+        with pytest.raises(ValueError, match="no split 'test': leave test_split out to use all of 'train'"):
+            load_evaluation_split(tmp_path, test_split="test")
+
+    def test_a_single_split_of_any_name(self, tmp_path):
+        write(tmp_path, "test/cat/1.png", "test/dog/1.png")
+        assert load_evaluation_split(tmp_path)["label"][:] == [0, 1]
+
+    @pytest.mark.parametrize("split", ["train", "validation", "test"])
+    def test_a_folder_with_splits(self, tmp_path, split):
+        write(
+            tmp_path, *(f"{top}/{file}" for top in ("train", "test") for c in ("cat", "dog") for file in numbered(c))
+        )
+        expected = load_transfer_dataset(tmp_path)[split]
+        found = load_evaluation_split(tmp_path, split)
+        assert [image.tobytes() for image in found["image"]] == [image.tobytes() for image in expected["image"]]
+        assert found["label"][:] == expected["label"][:]
 
 
 class TestSameRows:

@@ -91,8 +91,9 @@ class TestNames:
         assert aligned["label"][:] == [2, 0, 3, 1]
         assert aligned.features["label"].names == ["A", "B", "a", "b"]
         assert [image.tobytes() for image in aligned["image"]] == [picture(i).tobytes() for i in range(4)]
-        with pytest.raises(ValueError, match="expected the same names as A, B, a, c"):
+        with pytest.raises(ValueError, match="has classes b: expected only A, B, a, c"):
             align_labels(data, ["A", "B", "a", "c"])
+        assert align_labels(data, ["z", "B", "a", "A", "b"])["label"][:] == [2, 3, 4, 1]
 
 
 class TestNumbers:

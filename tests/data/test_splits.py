@@ -128,6 +128,8 @@ class TestRows:
             load_transfer_dataset(data, fraction=0.01)
         for options, message in (
             ({"shots": 0}, "shots is 0"),
+            ({"shots": 1.5}, "shots is 1.5"),
+            ({"stream_images": 2.5}, "stream_images is 2.5"),
             ({"fraction": 1.5}, "fraction is 1.5"),
             ({"shots": 1, "fraction": 0.5}, "give one of the two"),
             ({"corrupt_images": "drop"}, "expected one of error, skip"),

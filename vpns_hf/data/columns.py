@@ -79,20 +79,21 @@ def encode_labels(parts: dict[str, Part]) -> dict[str, Part]:
 
 
 def align_labels(split: Dataset, names: Sequence[str]) -> Dataset:
-    """Renumber the labels of a split after class names in another order.
+    """Renumber the labels of a split by a list of class names.
 
     Unlike `Dataset.align_labels_with_mapping`, which compares lower-cased names, this tells `A` from `a`.
 
     Args:
         split: data set with a `ClassLabel` column `label`.
-        names: class names of the split, in another order.
+        names: class names, among them those of the split.
 
     Raises:
-        ValueError: the names are not those of the split.
+        ValueError: a class of the split is missing in the names.
     """
     feature = split.features["label"]
-    if sorted(feature.names) != sorted(names):
-        raise ValueError(f"The classes are {listed(feature.names)}: expected the same names as {listed(names)}.")
+    missing = [name for name in feature.names if name not in names]
+    if missing:
+        raise ValueError(f"The data set has classes {listed(missing[:5])}: expected only {listed(names)}.")
     return split if list(names) == feature.names else _number(split, feature.int2str(split["label"][:]), names)
 
 

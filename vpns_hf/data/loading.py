@@ -131,6 +131,46 @@ def load_transfer_dataset(
     return TransferSplits({ours: parts[ours].data for ours in SPLITS}, {ours: parts[ours].stored for ours in SPLITS})
 
 
+def load_evaluation_split(
+    path: str | Path | Dataset | DatasetDict,
+    split: str = "test",
+    *,
+    name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    test_split: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+) -> Dataset:
+    """Load a split to evaluate on, or all images of a data set without splits.
+
+    Args:
+        path: data set, as for `load_transfer_dataset`.
+        split: `train`, `validation` or `test`; splits that a data set with several does not have are carved as
+            `load_transfer_dataset` does. Without effect on a data set of one split, which is used whole.
+        name, image_column, label_column, test_split, revision, cache_dir, token: as for `load_transfer_dataset`.
+
+    Returns:
+        A data set with columns `image` and `label`.
+
+    Raises:
+        ConnectionError, FileNotFoundError, ValueError: as `load_transfer_dataset`, but no class is too small.
+    """
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    options: dict[str, Any] = {"name": name, "revision": revision, "cache_dir": cache_dir, "token": token}
+    if isinstance(path, str) and path in TRANSFER_TASKS:
+        return load_transfer_dataset(path, test_split=test_split, **columns, **options)[split]
+    raw = _read(path, [] if test_split is None else [test_split], **options)
+    if len(raw) > 1:
+        return load_transfer_dataset(raw, test_split=test_split, **columns)[split]
+    stored = next(iter(raw))
+    if test_split not in (None, stored):
+        raise ValueError(f"The data set has no split '{test_split}': leave test_split out to use all of '{stored}'.")
+    parts = {"train": _part(raw[stored], stored, None, 0, cache_dir)}
+    return encode_labels(choose_columns(parts, image_column, label_column))["train"].data
+
+
 def _read(path: str | Path | Dataset | DatasetDict, asked: list[str], **options: Any) -> DatasetDict:
     """Read the data set as it is stored, all splits."""
     if isinstance(path, IterableDataset | IterableDatasetDict):
