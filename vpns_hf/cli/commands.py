@@ -85,15 +85,16 @@ def evaluate(args: argparse.Namespace) -> None:
     """Measure the accuracy of a subnetwork, without and with its prompt.
 
     Uses the image processor that was saved with the model, and a GPU if there is one; on several, start it with
-    `accelerate launch -m vpns_hf.cli evaluate ...`. Splits that the data set does not have are carved from its
-    training split, the same images every time.
+    `accelerate launch -m vpns_hf.cli evaluate ...`. A data set without splits is used whole; of one with some splits,
+    the missing ones are carved from the training split, the same images every time.
     """
-    from ..data import load_transfer_dataset
+    from ..data.loading import load_evaluation_split
 
     folder = _folder(args)
     model = PromptedSparseModel.from_pretrained(folder)
-    splits = load_transfer_dataset(
+    images = load_evaluation_split(
         args.dataset_name,
+        args.split,
         name=args.dataset_config_name,
         revision=args.dataset_revision,
         image_column=args.image_column_name,
@@ -101,7 +102,7 @@ def evaluate(args: argparse.Namespace) -> None:
         test_split=args.test_split,
         token=args.token,
     )
-    images = _with_labels_of(model, splits[args.split])
+    images = _with_labels_of(model, images)
     accuracies = _accuracies(model, _image_processor(folder), images, args.batch_size)
     if accuracies is None:
         return
@@ -169,16 +170,18 @@ def _image_processor(folder: Path) -> BaseImageProcessor | None:
 
 
 def _with_labels_of(model: PromptedSparseModel, images: Dataset) -> Dataset:
-    """The images with classes numbered as the model numbers them, where both name the same classes."""
+    """Return the images with classes numbered as the model numbers them, where both name the same classes."""
+    from ..data.columns import align_labels
+
     names, own = images.features["label"].names, list(model.config.id2label.values())
+    if set(names) <= set(own):
+        return align_labels(images, own)
     if len(names) != len(own):
         raise ValueError(
             f"The model tells {len(own)} classes apart and the data set has {len(names)}; name the data set that the "
             "model was pruned for."
         )
-    if set(names) == set(own) and names != own:
-        return images.align_labels_with_mapping({name: index for index, name in enumerate(own)}, "label")
-    if set(names) != set(own) and own != [f"LABEL_{index}" for index in range(len(own))]:
+    if own != [f"LABEL_{index}" for index in range(len(own))]:
         print(
             f"vpns-hf evaluate: the model's classes ({own[0]}, ...) have other names than those of the data set "
             f"({names[0]}, ...); they are matched by number.",

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ..hub import hub_kwargs
+from ..pixels import PixelMap, measure_pixels
 from .checks import check_handed_over
 from .configuration import PromptedSparseConfig
 from .labels import labels_of, set_labels
@@ -201,11 +202,20 @@ def image_geometry(
     """Find image size, mean and std: as passed, else of the image processor, else of timm or the configuration."""
     processor = image_processor.to_dict() if image_processor is not None else {}
     timm_cfg = config.to_dict().get("pretrained_cfg") or {}
-    return {
-        "image_size": _find_image_size(config, image_processor, image_size),
-        "image_mean": _first(image_mean, processor.get("image_mean"), timm_cfg.get("mean")),
-        "image_std": _first(image_std, processor.get("image_std"), timm_cfg.get("std")),
-    }
+    size = _find_image_size(config, image_processor, image_size)
+    mean = _first(processor.get("image_mean"), timm_cfg.get("mean"))
+    std = _first(processor.get("image_std"), timm_cfg.get("std"))
+    pixels = _measured(image_processor, size) if image_processor is not None and size is not None else None
+    if pixels is not None and not (mean and std and pixels.agrees(mean, std)):
+        mean, std = list(pixels.mean), list(pixels.std)
+    return {"image_size": size, "image_mean": _first(image_mean, mean), "image_std": _first(image_std, std)}
+
+
+def _measured(image_processor: BaseImageProcessor, size: Sequence[int]) -> PixelMap | None:
+    try:
+        return measure_pixels(image_processor, size)
+    except ValueError:
+        return None  # No colour images: ImageTransforms refuses them, data sets of tensors may do without.
 
 
 def _find_image_size(
