@@ -16,8 +16,7 @@ from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoImageProcessor, BaseImageProcessor, Trainer, TrainingArguments
-from transformers.utils import IMAGE_PROCESSOR_NAME
+from transformers import BaseImageProcessor, Trainer, TrainingArguments
 
 from ..data.batches import collate_images
 from ..data.loading import load_transfer_dataset
@@ -26,8 +25,10 @@ from ..export.onnx import export_onnx
 from ..export.plain import export_plain
 from ..hub import PUBLISHED_FILES, clear_errors, push_folder
 from ..metrics import compute_metrics
+from ..model.loading import load_image_processor
 from ..model.modeling import PromptedSparseModel
 from ..report.tables import percent, terminal_table
+from ..saved_files import printable
 from .inspection import StoredSubnetwork, inspect_folder
 
 
@@ -167,7 +168,7 @@ def _folder(args: argparse.Namespace) -> Path:
 
 
 def _image_processor(folder: Path) -> BaseImageProcessor | None:
-    return AutoImageProcessor.from_pretrained(folder) if (folder / IMAGE_PROCESSOR_NAME).is_file() else None
+    return load_image_processor(str(folder), {})
 
 
 def _with_labels_of(model: PromptedSparseModel, images: Dataset) -> Dataset:
@@ -212,5 +213,5 @@ def _in_words(value: Any) -> str:
 
 
 def _printable(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Without the control characters by which a file of others could steer the terminal."""
-    return [tuple("".join(c if c.isprintable() else "?" for c in cell) for cell in row) for row in rows]
+    """Cut the cells to a line, without the characters by which a file of others could steer the terminal."""
+    return [tuple(printable(cell) for cell in row) for row in rows]

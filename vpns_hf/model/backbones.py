@@ -79,7 +79,7 @@ def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[s
             "the id of an image classification model."
         )
     model, info = AutoModelForImageClassification.from_pretrained(
-        name, **{"dtype": torch.float32} | kwargs, output_loading_info=True
+        name, **{"dtype": torch.float32, "trust_remote_code": False} | kwargs, output_loading_info=True
     )
     return model, set(info["missing_keys"])
 
@@ -187,7 +187,7 @@ def _rebuilt(model: PreTrainedModel, labels: Mapping[int, str]) -> PreTrainedMod
     """A model of the same class and configuration with fresh weights and other labels."""
     config = config_of(model)
     set_labels(config, labels)
-    return AutoModelForImageClassification.from_config(config)
+    return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
 
 
 def height_width(size: Any) -> list[int] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -173,8 +172,8 @@ def _check_mapping(config: PromptedSparseConfig) -> None:
     state, mapped = config.label_mapping_state, config.mapped_labels
     if config.label_mapping is None and (state != "unset" or mapped is not None):
         raise ValueError(
-            f"`label_mapping_state` is {state!r} and `mapped_labels` {shortened(mapped)}, but `label_mapping` is None; "
-            "name the label mapping."
+            f"`label_mapping_state` is {state!r} and `mapped_labels` {shortened(mapped)}, but `label_mapping` is "
+            "None; name the label mapping."
         )
     one_to_one = config.label_mapping not in (None, "bayesian")
     if (mapped is not None) != (one_to_one and state != "unset"):

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME
 
 from .. import hub, masking
 from ..label_mapping import get_label_mapping
 from ..masking.recomputation import recomputing
+from ..saved_files import read_json
 from . import backbones, packed_shards
 from .configuration import PromptedSparseConfig
 from .head import checked_classes, checked_matrix, map_logits, take_classes
+from .loading import check_zeros, in_one_sentence, load_image_processor, no_larger_than
 from .prompts import build_prompt
 from .sparse_model import SparseModel
 
@@ -267,10 +269,14 @@ class PromptedSparseModel(SparseModel):
         name = str(pretrained_model_name_or_path)
         with hub.clear_errors(f"Could not load {name}", kwargs.get("revision")):
             kwargs["revision"] = hub.pinned_revision(name, kwargs)
-            if "config" not in kwargs and hub.find_file(name, CONFIG_NAME, kwargs) is None:
+            config_file = hub.find_file(name, CONFIG_NAME, kwargs)
+            if "config" not in kwargs and config_file is None:
                 place = "/".join(filter(None, (name, kwargs.get("subfolder"))))
                 raise OSError(f"{place} holds no saved model: there is no {CONFIG_NAME} in it.")
-            return cls._from_pretrained(name, *args, **kwargs)
+            if config_file is not None:
+                read_json(Path(config_file))  # refuses what transformers would stumble over
+            with in_one_sentence(name):
+                return cls._from_pretrained(name, *args, **kwargs)
 
     @classmethod
     def _from_pretrained(cls, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -279,8 +285,9 @@ class PromptedSparseModel(SparseModel):
             name, lambda file: hub.find_file(name, file, kwargs), kwargs.get("variant")
         )
         # Tensors of another shape are refused below, by one error for all that is wrong.
-        kwargs["ignore_mismatched_sizes"] = True
-        with packed_shards.open_state_dict(files) as state_dict:
+        kwargs |= {"ignore_mismatched_sizes": True, "use_safetensors": True}
+        size = packed_shards.unpacked_size(lambda file: hub.find_file(name, file, kwargs), kwargs.get("variant"))
+        with packed_shards.open_state_dict(files) as state_dict, no_larger_than(size):
             if files:
                 config = kwargs.get("config") or cls.config_class.from_pretrained(name, **hub.hub_kwargs(kwargs))
                 kwargs |= {"config": config, "state_dict": state_dict}
@@ -297,9 +304,10 @@ class PromptedSparseModel(SparseModel):
             )
         model._check_prompt()
         model.name_or_path = model.config.name_or_path = name
+        if model.config.state == "frozen":
+            check_zeros(model.slots())
         model._mask_gradients()
-        if hub.find_file(name, IMAGE_PROCESSOR_NAME, kwargs):
-            model.image_processor = backbones.find_image_processor(name, kwargs)
+        model.image_processor = load_image_processor(name, kwargs)
         return (model, info) if wants_info else model
 
     def push_to_hub(

@@ -38,7 +38,9 @@ class SparseModel(PreTrainedModel):
 
     def __init__(self, config: PromptedSparseConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        self.backbone = backbone or AutoModelForImageClassification.from_config(config.backbone_config)
+        self.backbone = backbone or AutoModelForImageClassification.from_config(
+            config.backbone_config, trust_remote_code=False
+        )
         self._backbone_kwargs = position_kwargs(self.backbone, config.image_size)
         self._collapsed = set[str]()
         if config.state == "search":

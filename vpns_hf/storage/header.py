@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
 from .codings import CODINGS
@@ -131,7 +130,7 @@ class Checksum:
     def __init__(self, *description: Any):
         self._value = zlib.crc32(json.dumps(description).encode())
 
-    def update(self, data: bytes | memoryview | np.ndarray) -> None:
+    def update(self, data: bytes | memoryview) -> None:
         """Add the next bytes of the array."""
         self._value = zlib.crc32(data, self._value)
 

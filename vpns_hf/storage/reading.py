@@ -179,7 +179,7 @@ class PackedFile:
         checksum = Checksum(name, DTYPE_CODES[entry.dtype], list(entry.shape))
         if name not in self._layout.packed:
             items = self._read_items(entry, 0, math.prod(entry.shape))
-            checksum.update(items)
+            checksum.update(items.data)
             self._verify(name, checksum)
             return _as_tensor(items, entry.dtype, entry.shape), None
         packed = self._layout.packed[name]
@@ -193,7 +193,7 @@ class PackedFile:
         items, mask, used = self._items.zeros(total, entry.dtype.itemsize), self._masks.zeros(total, 1), 0
         for positions in pieces:
             values = self._read_items(entry, used, positions.size)
-            checksum.update(values)
+            checksum.update(values.data)
             if any_nan(values, entry.dtype):
                 raise ValueError("has kept values that are NaN.")
             items[positions] = values
