@@ -24,13 +24,13 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers.models import tiny_model  # noqa: E402
-from helpers.mutations import mutate_bytes, mutate_json  # noqa: E402
-from transformers import ViTImageProcessor  # noqa: E402
+from transformers import ViTImageProcessor
 
-import vpns_hf  # noqa: E402
-from vpns_hf import PromptedSparseModel  # noqa: E402
-from vpns_hf.cli import main  # noqa: E402
+import vpns_hf
+from helpers.models import tiny_model
+from helpers.mutations import mutate_bytes, mutate_json
+from vpns_hf import PromptedSparseModel
+from vpns_hf.cli import main
 
 PACKAGE = str(Path(vpns_hf.__file__).parent)
 SECONDS, MEMORY, ADDRESSES = 20, 2**28, 2**34
@@ -97,10 +97,8 @@ def mutate(folder: Path, rng: random.Random) -> str:
         change = mutate_json if path.suffix == ".json" and rng.random() < 0.75 else mutate_bytes
         if index == 0:
             first = f"{path.name}, {change.__name__}"
-        try:
+        with contextlib.suppress(ValueError):
             path.write_bytes(change(path.read_bytes(), rng))
-        except ValueError:
-            pass
     return first
 
 
@@ -144,7 +142,7 @@ def outcome(
         # Those who look after a message raise it in the package, or pass on what another library says.
         ours = traceback.extract_tb(error.__traceback__)[-1].filename.startswith(PACKAGE)
         word = "clear sentence" if ours and "\n" not in str(error) else "foreign sentence"
-    except BaseException as error:
+    except BaseException as error:  # whatever it is, it is counted
         word, message = "traceback", traceback.format_exc()[-600:] + type(error).__name__
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from ..saved_files import printable
 from ..version import __version__
 from .commands import evaluate, export, inspect, push
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.run(parsed)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        print(f"vpns-hf {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"vpns-hf {parsed.command}: {printable(' '.join(str(error).split()), 1000)}", file=sys.stderr)
         return 1
     return 0
 
