@@ -29,8 +29,8 @@ test-lowest: ## all tests but the slow ones, with the lowest version of every di
 	uv pip install --python .venv-lowest --torch-backend cpu --resolution lowest-direct -e ".[test]"
 	.venv-lowest/bin/python -m pytest -n $(PROCESSES)
 
-fuzz: ## damaged packed files, 100,000 of them
-	$(PYTHON) -m pytest -m slow tests/storage/test_storage.py
+fuzz: ## damaged packed files, 100,000 of them, and 10,000 damaged folders
+	$(PYTHON) -m pytest -m slow tests/storage
 
 benchmarks: ## every benchmark, one after the other
 	for file in $$(grep -l __main__ benchmarks/*.py); do $(PYTHON) $$file || exit 1; done

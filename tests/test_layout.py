@@ -25,6 +25,7 @@ FLOORS = (
     "storage",
     "data",
     "pixels",
+    "saved_files",
     "label_mapping",
     "metrics",
     "evaluate_module",

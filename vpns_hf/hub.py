@@ -35,6 +35,7 @@ from huggingface_hub.errors import (
 )
 from transformers.utils import cached_file
 
+from .saved_files import check_published
 from .storage.header import PackedFormatError
 from .version import __version__
 
@@ -82,12 +83,14 @@ def push_folder(
         create_pr: open a pull request against `revision` instead.
 
     Raises:
-        ValueError: the folder holds no saved model, or the metadata of the card are not valid.
+        ValueError: the folder holds no saved model, a link out of it or a file whose content is of another type than
+            its name says, or the metadata of the card are not valid.
         OSError: the Hub cannot be reached or refuses.
     """
     folder, paths = Path(folder), published_files(folder)
     if "config.json" not in paths or not any(map(_holds_weights, paths)):
         raise ValueError(f"{folder} holds no saved model: expected config.json and model.safetensors in it.")
+    check_published(folder, paths)
     api = HfApi(token=token, library_name="vpns_hf", library_version=__version__)
     with clear_errors(f"Could not push to {repo_id}", revision):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -203,8 +206,11 @@ _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "revisi
 
 
 def hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments of `from_pretrained` that say where files come from."""
-    return {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
+    """Select the arguments of `from_pretrained` that say where files come from.
+
+    Code in a repository is not trusted unless the caller says so: left open, transformers would ask on the terminal.
+    """
+    return {"trust_remote_code": False} | {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
 
 
 def find_file(name: str, file: str, kwargs: Mapping[str, Any]) -> str | None:

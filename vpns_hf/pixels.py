@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
-from transformers import BaseImageProcessor
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 TOLERANCE = 0.004
 """Largest difference of two shares of white that counts as equal: one of 255 grey levels."""

@@ -26,6 +26,7 @@ from vpns_hf.cli import commands, main
 from vpns_hf.cli.inspection import inspect_folder
 
 NAMES = {0: "dark", 1: "bright"}
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
 COLOURS = [(30, 20, 10), (220, 230, 240)]
 
 
@@ -57,7 +58,7 @@ def folder(tmp_path):
     (path / "recipe.yaml").write_text("# packages:\n#   torch: 2.9.0\n" + yaml.safe_dump(recipe))
     (path / "sparsity_report.json").write_text("{}")
     (path / "figures").mkdir()
-    (path / "figures/prompt.png").write_bytes(b"png")
+    (path / "figures/prompt.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     for name in ("training_args.bin", "1-tune/checkpoint-3/optimizer.pt", "figures/notes.txt", "stages.json"):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(b"private")
@@ -216,6 +217,13 @@ def test_inspect_lets_no_file_steer_the_terminal(folder, capsys):
     shown = capsys.readouterr().out
     assert "\x1b[2J" not in shown
     assert "[red]days[/red]" in shown
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"method": "x" * 10_000}))
+    assert main(["inspect", str(folder)]) == 0
+    assert "x" * 301 not in capsys.readouterr().out.replace("\n", "").replace(" ", "")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "\x1b[2J"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(folder)]) == 1
+    assert "\x1b" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -223,7 +231,15 @@ def test_inspect_lets_no_file_steer_the_terminal(folder, capsys):
     [
         (lambda path: (path / "config.json").unlink(), "holds no config.json"),
         (lambda path: (path / "config.json").write_text("{"), "is no sound JSON"),
-        (lambda path: (path / "config.json").write_text("[]"), "a model of type None, not a subnetwork"),
+        (lambda path: (path / "config.json").write_text("[]"), "is no JSON object"),
+        (lambda path: (path / "config.json").write_text("{}"), "a model of type None, not a subnetwork"),
+        (lambda path: (path / "config.json").write_text(" " * (2**24 + 1)), "takes more than"),
+        (lambda path: (path / "README.md").write_bytes(b"x" * (2**20 + 1)), "takes more than"),
+        (lambda path: (path / "README.md").write_text("---\na: &x [1]\nb: *x\n---\n"), "it has an alias"),
+        (lambda path: (path / "recipe.yaml").write_text("a: &x [1]\nb: *x\n"), "it has an alias"),
+        (lambda path: (path / "recipe.yaml").write_bytes(b"\xff"), "recipe.yaml is no UTF-8 text"),
+        (lambda path: os.mkfifo(path / "model-2.safetensors"), "is no regular file"),
+        (lambda path: (path / "model.safetensors").write_text(POINTER), "git lfs pull"),
         (lambda path: tiny_backbone("vit").save_pretrained(path), "a model of type 'vit', not a subnetwork"),
         (lambda path: (path / "model.safetensors").unlink(), r"holds no model\*\.safetensors"),
         (lambda path: (path / "model.safetensors").write_bytes(b"\xff" * 99), "model.safetensors is damaged"),

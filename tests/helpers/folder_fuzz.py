@@ -142,7 +142,7 @@ def outcome(
         # Those who look after a message raise it in the package, or pass on what another library says.
         ours = traceback.extract_tb(error.__traceback__)[-1].filename.startswith(PACKAGE)
         word = "clear sentence" if ours and "\n" not in str(error) else "foreign sentence"
-    except BaseException as error:
+    except BaseException as error:  # whatever it is, it is counted
         word, message = "traceback", traceback.format_exc()[-600:] + type(error).__name__
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -6,10 +6,12 @@ import random
 import resource
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.packed import exact_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -229,7 +231,7 @@ def test_stock_safetensors_opens_the_file(file):
     save_packed(file, {"odd": odd, "w": weight, "b": torch.ones(3)}, {"w": mask}, {"note": "x"})
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-        assert (metadata["format"], metadata["note"], metadata[VERSION_KEY]) == ("pt", "x", "1")
+        assert (metadata["format"], metadata["note"], metadata[VERSION_KEY]) == ("pt", "x", "2")
         assert torch.equal(bits(opened.get_tensor("w")), bits(weight[mask]))
         assert torch.equal(opened.get_tensor("odd"), odd)
         assert set(opened.keys()) == {"odd", "w", "b", "w:mask"}
@@ -375,7 +377,7 @@ def test_is_packed(file, tmp_path):
     save_packed(file, {}, {}, {})
     assert is_packed(file)
     stored = split(file)
-    stored[0]["__metadata__"][VERSION_KEY] = "2"
+    stored[0]["__metadata__"][VERSION_KEY] = "3"
     assert is_packed(join(file, *stored))
     headers = [b"[]", b"{", b'{"__metadata__":[]}', b"[" * 10**5]
     for content in [b"", b"{}", b"\xff" * 100, *map(framed, headers)]:
@@ -515,7 +517,11 @@ def pack_the_mask(header):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (edited("__metadata__", VERSION_KEY, value="2"), "version is '2' and this release reads '1'; upgrade vpns_hf"),
+        (
+            edited("__metadata__", VERSION_KEY, value="3"),
+            "version is '3' and this release reads 1 and 2; upgrade vpns_hf",
+        ),
+        (edited("__metadata__", VERSION_KEY, value="2"), "vpns_hf_layout is malformed"),
         (edited("__metadata__", VERSION_KEY, value=...), "an ordinary safetensors file"),
         (edited("__metadata__", value={}), "an ordinary safetensors file"),
         (edited("__metadata__", VERSION_KEY, value=1), "no metadata"),
@@ -558,6 +564,47 @@ def pack_the_mask(header):
 )
 def test_headers_that_lie_are_refused(file, edit, message):
     header, data = by_hand(file)
+    edit(header)
+    join(file, header, data)
+    assert_refused(file, message)
+
+
+def test_files_of_version_1_are_read():
+    """The file was written by the last release that wrote this version."""
+    tensors, masks, metadata = load_packed(Path(__file__).parent / "files" / "version_1.safetensors")
+    expected, expected_masks = exact_tensors()
+    assert metadata == {"note": "version 1"}
+    assert {name: bits(tensor).tolist() for name, tensor in tensors.items()} == {
+        name: bits(tensor).tolist() for name, tensor in expected.items()
+    }
+    assert all(torch.equal(mask, expected_masks[name]) for name, mask in masks.items())
+
+
+def test_every_damaged_byte_of_a_value_or_mask_is_noticed(file):
+    save_packed(file, *exact_tensors(), {})
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    for at in [*range(start, len(content), 97), len(content) - 1]:
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        assert_refused(file, "is damaged: tensor '.*does not have the checksum that it was written with")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (edited("bias", "dtype", value="I32"), "'bias' does not have the checksum"),
+        (edited("bias", "shape", value=[5, 1]), "'bias' does not have the checksum"),
+        (lambda header: header.update(other=header.pop("bias")), "one checksum for each array"),
+        (edited("__metadata__", LAYOUT_KEY, "checksums", value=...), "malformed"),
+        (edited("__metadata__", LAYOUT_KEY, "checksums", value=[]), "one checksum for each array"),
+        (edited("__metadata__", LAYOUT_KEY, "checksums", "bias", value=...), "one checksum for each array"),
+        (edited("__metadata__", LAYOUT_KEY, "checksums", "bias", value=None), "'bias' does not have the checksum"),
+        (edited("__metadata__", LAYOUT_KEY, "packed", "bits", "shape", value=[80, 60]), "'bits' does not have the"),
+    ],
+)
+def test_a_checksum_covers_name_dtype_and_shape(file, edit, message):
+    save_packed(file, *exact_tensors(), {})
+    header, data = split(file)
     edit(header)
     join(file, header, data)
     assert_refused(file, message)

@@ -163,10 +163,9 @@ def _folder(args: argparse.Namespace) -> Path:
 
 
 def _image_processor(folder: Path) -> BaseImageProcessor | None:
-    from transformers import AutoImageProcessor
-    from transformers.utils import IMAGE_PROCESSOR_NAME
+    from ..model.loading import load_image_processor
 
-    return AutoImageProcessor.from_pretrained(folder) if (folder / IMAGE_PROCESSOR_NAME).is_file() else None
+    return load_image_processor(str(folder), {})
 
 
 def _with_labels_of(model: PromptedSparseModel, images: Dataset) -> Dataset:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..report.tables import percent, terminal_table
+from ..saved_files import printable
 from .inspection import StoredSubnetwork
 
 
@@ -58,5 +59,5 @@ def _in_words(value: Any) -> str:
 
 
 def _printable(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Replace the control characters by which a stranger's file could steer the terminal."""
-    return [tuple("".join(c if c.isprintable() else "?" for c in cell) for cell in row) for row in rows]
+    """Cut the cells to a line, without the characters by which a stranger's file could steer the terminal."""
+    return [tuple(printable(cell) for cell in row) for row in rows]

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
+from ..saved_files import printable
+
 # Wrong arguments and data, files and the Hub, missing packages, a loss that diverges. Anything else is a bug.
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, SafetensorError)
 
@@ -25,7 +27,7 @@ def exit_in_one_sentence(program: str) -> Iterator[None]:
     try:
         yield
     except EXPECTED_ERRORS as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: {printable(' '.join(str(error).split()), 1000)}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         raise SystemExit(130) from error

@@ -7,19 +7,21 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME
 
 from .. import masking, storage
 from ..model.configuration import PromptedSparseConfig
 from ..model.sparsity import KeptEntries, KeptInLayers
+from ..saved_files import MAX_CARD, MAX_YAML, check_weights, read_json, read_text, read_yaml
 
 WEIGHT_FILES = "model*.safetensors"
+MAX_LAYERS = 10_000
 PROMPT_FACTS = ("prompt", "prompt_size", "prompt_inner_size", "image_size", "use_prompt")
 CARD_FACTS = ("base_model", "datasets", "license")
 RECIPE_FACTS = (
@@ -92,6 +94,8 @@ def inspect_folder(folder: Path) -> StoredSubnetwork:
     """
     config = _read_config(folder)
     files = sorted(folder.glob(WEIGHT_FILES))
+    for file in files:
+        check_weights(file)
     if not files:
         raise FileNotFoundError(f"{folder} holds no {WEIGHT_FILES}; save the model with `save_pretrained` first.")
     backbone = config["backbone_config"]
@@ -111,11 +115,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}; expected a folder that `save_pretrained` wrote.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no sound JSON: {error}") from error
-    model_type = config.get("model_type") if isinstance(config, dict) else None
+    config = read_json(path)
+    model_type = config.get("model_type")
     if model_type != PromptedSparseConfig.model_type:
         raise ValueError(
             f"{path} describes a model of type {model_type!r}, not a subnetwork of vpns_hf "
@@ -130,20 +131,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _layers(path: Path) -> list[StoredLayer]:
     read = _packed_layers if storage.is_packed(path) else _raw_layers
     try:
-        return list(read(path))
+        found = list(islice(read(path), MAX_LAYERS + 1))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if len(found) > MAX_LAYERS:
+        raise ValueError(f"{path} holds more than {MAX_LAYERS} masked weights, as no image classifier does.")
+    return found
 
 
 def _packed_layers(path: Path) -> Iterator[StoredLayer]:
-    with safe_open(path, "np") as file:
-        metadata = file.metadata()
-        if metadata.get(storage.VERSION_KEY) != storage.VERSION:
-            raise ValueError(f"packing version {metadata.get(storage.VERSION_KEY)!r} needs a newer vpns_hf.")
-        for name, facts in json.loads(metadata[storage.LAYOUT_KEY])["packed"].items():
-            (kept,) = file.get_slice(name).get_shape()
-            size = _bytes(file, name) + _bytes(file, name + storage.MASK_SUFFIX)
-            yield StoredLayer(_weight_name(name), kept, math.prod(facts["shape"]), size, str(facts["coding"]))
+    with storage.PackedFile(path) as file:
+        for name in file.masked:
+            stored = file.stored(name)
+            yield StoredLayer(_weight_name(name), stored.kept, stored.total, stored.bytes, stored.coding)
 
 
 def _raw_layers(path: Path) -> Iterator[StoredLayer]:
@@ -175,7 +175,14 @@ def _weight_name(stored: str) -> str:
 def _from_card(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    text = read_text(path, MAX_CARD)
+    parts = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    values = read_yaml(path, parts[1])
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"{path} has metadata that are no names with values.")
+    data = ModelCardData(**values, ignore_metadata_errors=True)
     facts = {name: value for name, value in data.to_dict().items() if name in CARD_FACTS}
     results = {
         f"{result.metric_name or result.metric_type} on {result.dataset_name}, {result.dataset_split}": (
@@ -189,12 +196,9 @@ def _from_card(path: Path) -> dict[str, Any]:
 def _from_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8")
-    try:
-        recipe = yaml.safe_load(text)
-        comments = yaml.safe_load("\n".join(line[2:] for line in text.splitlines() if line.startswith("# ")))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no sound YAML: {' '.join(str(error).split())}") from error
+    text = read_text(path, MAX_YAML)
+    recipe = read_yaml(path, text)
+    comments = read_yaml(path, "\n".join(line[2:] for line in text.splitlines() if line.startswith("# ")))
     facts = {name: recipe[name] for name in RECIPE_FACTS if name in recipe} if isinstance(recipe, dict) else {}
     packages = comments.get("packages") if isinstance(comments, dict) else None
     return facts | ({"packages": packages} if packages else {})

@@ -88,7 +88,7 @@ def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[s
             f"{name} is a {config.model_type!r} model, and transformers has no image classifier of that type; pass "
             "the id of an image classification model."
         )
-    settings = {"dtype": torch.float32} | kwargs
+    settings = {"dtype": torch.float32, "trust_remote_code": False} | kwargs
     if isinstance(config, transformers.TimmWrapperConfig) and config.model_args:
         settings |= {"config": without_repeated_arguments(config, name)}
     model, info = AutoModelForImageClassification.from_pretrained(name, **settings, output_loading_info=True)

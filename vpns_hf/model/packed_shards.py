@@ -7,6 +7,8 @@ sizes. A mask lies in the shard of its weight.
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .. import storage
 from ..masking.prunable import MASK_SUFFIX
+from ..saved_files import check_weights
 
 _MAX_INDEX = 2**26
 
@@ -110,10 +113,12 @@ def find_packed_files(
         if the files are not packed or not there.
 
     Raises:
+        ValueError: a file of weights is a pointer of git LFS or no regular file.
         PackedFormatError: the index of the shards is damaged, or names a file that is not there or not in the folder.
     """
     whole = find(_file_name(SAFE_WEIGHTS_NAME, variant))
     if whole is not None:
+        check_weights(Path(whole))
         return {whole: None} if storage.is_packed(whole) else {}
     index = find(_file_name(SAFE_WEIGHTS_INDEX_NAME, variant))
     if index is None:
@@ -121,6 +126,8 @@ def find_packed_files(
     with storage.blaming(f"{index} is no sound index of shards:"):
         shards = _read_index(Path(index))
     paths = {shard: find(shard) for shard in sorted(shards)}
+    for path in filter(None, paths.values()):
+        check_weights(Path(path))
     if not any(path is not None and storage.is_packed(path) for path in paths.values()):
         return {}
     if lost := [shard for shard, path in paths.items() if path is None]:
@@ -129,6 +136,30 @@ def find_packed_files(
             f"{lost[0]}. The download may be incomplete."
         )
     return {path: shards[shard] for shard, path in paths.items() if path is not None}
+
+
+def unpacked_size(find: Callable[[str], str | None], variant: str | None = None) -> int:
+    """Bytes that the weights of a model take once they are unpacked, read from the headers of their files.
+
+    Args:
+        find: as for [`find_packed_files`].
+        variant: as for `from_pretrained`.
+
+    Raises:
+        PackedFormatError: a header or the index is damaged.
+    """
+    whole, index = (find(_file_name(name, variant)) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if whole is not None:
+        return _unpacked_size(whole)
+    shards = _read_index(Path(index)) if index is not None else {}
+    return sum(_unpacked_size(path) for shard in shards if (path := find(shard)) is not None)
+
+
+def _unpacked_size(path: str) -> int:
+    if not storage.is_packed(path):
+        return os.path.getsize(path)
+    with storage.PackedFile(path) as file:
+        return sum(math.prod(file.shape(name)) * (file.dtype(name).itemsize + 1) for name in file.names)
 
 
 def _read_index(index: Path) -> dict[str, set[str]]:

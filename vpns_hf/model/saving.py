@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME
 
 from .. import hub
 from ..masking.frozen import check_zeros
-from . import backbones, packed_shards
+from ..saved_files import read_json
+from . import packed_shards
 from .labels import share_labels
+from .loading import in_one_sentence, load_image_processor, no_larger_than
 
 if TYPE_CHECKING:
     from .modeling import PromptedSparseModel
@@ -100,10 +102,14 @@ def load(
     """
     with hub.clear_errors(f"Could not load {name}", kwargs.get("revision")):
         kwargs["revision"] = hub.pinned_revision(name, kwargs)
-        if "config" not in kwargs and hub.find_file(name, CONFIG_NAME, kwargs) is None:
+        config_file = hub.find_file(name, CONFIG_NAME, kwargs)
+        if "config" not in kwargs and config_file is None:
             place = "/".join(filter(None, (name, kwargs.get("subfolder"))))
             raise OSError(f"{place} holds no saved model: there is no {CONFIG_NAME} in it.")
-        return _load(model_class, name, load_plain, *args, **kwargs)
+        if config_file is not None:
+            read_json(Path(config_file))  # refuses what transformers would stumble over
+        with in_one_sentence(name):
+            return _load(model_class, name, load_plain, *args, **kwargs)
 
 
 def _load(
@@ -118,8 +124,9 @@ def _load(
         name, lambda file: hub.find_file(name, file, kwargs), kwargs.get("variant")
     )
     # Tensors of another shape are refused below, by one error for all that is wrong.
-    kwargs["ignore_mismatched_sizes"] = True
-    with packed_shards.open_state_dict(files) as state_dict:
+    kwargs |= {"ignore_mismatched_sizes": True, "use_safetensors": True}
+    size = packed_shards.unpacked_size(lambda file: hub.find_file(name, file, kwargs), kwargs.get("variant"))
+    with packed_shards.open_state_dict(files) as state_dict, no_larger_than(size):
         if files:
             config = kwargs.get("config") or model_class.config_class.from_pretrained(name, **hub.hub_kwargs(kwargs))
             kwargs |= {"config": config, "state_dict": state_dict}
@@ -135,12 +142,11 @@ def _load(
             f"or have another shape; {wrong[0]}. The download may be incomplete."
         )
     check_prompt(model)
-    if model.config.state == "frozen" and not files:
+    if model.config.state == "frozen":
         check_zeros(model.prunable_weights(), model.masks(), f"{name} is damaged or was not saved by this library")
     model.name_or_path = model.config.name_or_path = name
     model._mask_gradients()
-    if hub.find_file(name, IMAGE_PROCESSOR_NAME, kwargs):
-        model.image_processor = backbones.find_image_processor(name, kwargs)
+    model.image_processor = load_image_processor(name, kwargs)
     return (model, info) if wants_info else model
 
 

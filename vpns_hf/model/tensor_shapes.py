@@ -19,7 +19,7 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ValueError: `tensor_shapes` names a tensor that the backbone does not have.
     """
-    backbone = AutoModelForImageClassification.from_config(config)
+    backbone = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     if shapes := config.to_dict().get("tensor_shapes"):
         _resize(backbone, shapes)
     return backbone

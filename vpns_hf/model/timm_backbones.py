@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
+import transformers
 from torch import nn
-from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-# Arguments of timm's factory itself: they open files or choose how to build, and describe no architecture.
-_FACTORY_ARGUMENTS = frozenset(inspect.signature(timm.create_model).parameters) - {"kwargs"}
+if TYPE_CHECKING:
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+
+def _factory_arguments() -> frozenset[str]:
+    """Return the arguments of timm's factory itself: they open files or choose how to build."""
+    # Loaded here, because timm takes longer to import than this package.
+    from timm import create_model
+
+    return frozenset(inspect.signature(create_model).parameters) - {"kwargs"}
 
 
 def wrap_timm_model(model: nn.Module) -> TimmWrapperForImageClassification:
@@ -43,7 +50,7 @@ def wrap_timm_model(model: nn.Module) -> TimmWrapperForImageClassification:
     if pretrained_cfg["input_size"][0] != len(pretrained_cfg["mean"]):
         # Normalisation of the pretrained channels does not apply.
         del pretrained_cfg["mean"], pretrained_cfg["std"]
-    config = TimmWrapperConfig.from_dict(
+    config = transformers.TimmWrapperConfig.from_dict(
         {
             "architecture": pretrained_cfg["architecture"],
             "num_classes": num_classes,
@@ -52,7 +59,7 @@ def wrap_timm_model(model: nn.Module) -> TimmWrapperForImageClassification:
         }
     )
     with torch.random.fork_rng(devices=[]):
-        wrapper = TimmWrapperForImageClassification(config)
+        wrapper = transformers.TimmWrapperForImageClassification(config)
     wrapper.timm_model = model
     return wrapper
 
@@ -62,7 +69,7 @@ def _recorded_arguments(model: nn.Module) -> dict[str, Any]:
     recorded = vars(model).get("_model_args", {})
     arguments = {}
     for name, value in recorded.items():
-        if name == "num_classes" or name in _FACTORY_ARGUMENTS:
+        if name == "num_classes" or name in _factory_arguments():
             continue
         try:
             arguments[name] = json.loads(json.dumps(value))
@@ -85,10 +92,10 @@ def without_repeated_arguments(config: TimmWrapperConfig, name: str) -> TimmWrap
         ValueError: an argument is one of timm's factory, such as `checkpoint_path`, which opens other files.
     """
     arguments = config.model_args or {}
-    if foreign := sorted(_FACTORY_ARGUMENTS & set(arguments)):
+    if foreign := sorted(_factory_arguments() & set(arguments)):
         raise ValueError(
             f"The config.json of {name} passes {foreign[0]!r} to `timm.create_model`, which describes no architecture "
             "and may open other files; remove it from `model_args`."
         )
     cleaned = {argument: value for argument, value in arguments.items() if argument != "num_classes"}
-    return TimmWrapperConfig.from_dict(config.to_dict() | {"model_args": cleaned or None})
+    return transformers.TimmWrapperConfig.from_dict(config.to_dict() | {"model_args": cleaned or None})

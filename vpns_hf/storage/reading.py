@@ -7,13 +7,24 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .header import MASK_SUFFIX, VERSION_KEY, Entry, blaming, read_header, read_header_bytes, read_layout
+from .codings import CODINGS
+from .header import (
+    DTYPE_CODES,
+    MASK_SUFFIX,
+    VERSION_KEY,
+    Checksum,
+    Entry,
+    blaming,
+    read_header,
+    read_header_bytes,
+    read_layout,
+)
 from .writing import any_nan, threads
 
 # Above the largest size that malloc may take from its own heap, where it would have to clear memory by hand.
@@ -74,6 +85,21 @@ class _Arena:
         return taken.view(f"u{itemsize}")
 
 
+class StoredTensor(NamedTuple):
+    """How a tensor lies in a packed file.
+
+    Args:
+        kept, total: entries that are stored, and all.
+        bytes: of the values and the mask.
+        coding: that of the mask, a key of `CODINGS`; `"raw"` where there is none.
+    """
+
+    kept: int
+    total: int
+    bytes: int
+    coding: str
+
+
 class PackedFile:
     """An open packed file, its header read and checked; a context manager.
 
@@ -127,6 +153,15 @@ class PackedFile:
         """The dtype of a tensor."""
         return self._header.entries[name].dtype
 
+    def stored(self, name: str) -> StoredTensor:
+        """Say how a tensor lies in the file, without reading it."""
+        entry, packed = self._header.entries[name], self._layout.packed.get(name)
+        size, total = entry.stop - entry.start, math.prod(self.shape(name))
+        if packed is None:
+            return StoredTensor(total, total, size, "raw")
+        mask = self._header.entries[name + MASK_SUFFIX]
+        return StoredTensor(entry.shape[0], total, size + mask.stop - mask.start, packed.coding)
+
     def read(self, name: str) -> tuple[Tensor, Tensor | None]:
         """A tensor, dense, contiguous and on the CPU, and its mask, or None where it has no mask.
 
@@ -141,22 +176,36 @@ class PackedFile:
 
     def _read(self, name: str) -> tuple[Tensor, Tensor | None]:
         entry = self._header.entries[name]
+        checksum = Checksum(name, DTYPE_CODES[entry.dtype], list(entry.shape))
         if name not in self._layout.packed:
-            return _as_tensor(self._read_items(entry, 0, math.prod(entry.shape)), entry.dtype, entry.shape), None
+            items = self._read_items(entry, 0, math.prod(entry.shape))
+            checksum.update(items.data)
+            self._verify(name, checksum)
+            return _as_tensor(items, entry.dtype, entry.shape), None
         packed = self._layout.packed[name]
         coded = self._header.entries[name + MASK_SUFFIX]
         payload = self._read_items(coded, 0, coded.shape[0]).tobytes()
+        mask_checksum = Checksum(name + MASK_SUFFIX, packed.coding, list(packed.shape))
+        mask_checksum.update(payload)
+        self._verify(name + MASK_SUFFIX, mask_checksum)
         total, kept = math.prod(packed.shape), entry.shape[0]
-        pieces = packed.coding.decode(payload, total, kept)
+        pieces = CODINGS[packed.coding].decode(payload, total, kept)
         items, mask, used = self._items.zeros(total, entry.dtype.itemsize), self._masks.zeros(total, 1), 0
         for positions in pieces:
             values = self._read_items(entry, used, positions.size)
+            checksum.update(values.data)
             if any_nan(values, entry.dtype):
                 raise ValueError("has kept values that are NaN.")
             items[positions] = values
             mask[positions] = 1
             used += positions.size
+        self._verify(name, checksum)
         return _as_tensor(items, entry.dtype, packed.shape), _as_tensor(mask, torch.bool, packed.shape)
+
+    def _verify(self, stored_name: str, found: Checksum) -> None:
+        # Files of version 1 have no checksums.
+        if self._layout.checksums.get(stored_name, found.hexdigest()) != found.hexdigest():
+            raise ValueError("does not have the checksum that it was written with; download or copy the file again.")
 
     def _read_items(self, entry: Entry, first: int, count: int) -> np.ndarray:
         """Items of a stored array from `first` on, as unsigned integers of their size."""

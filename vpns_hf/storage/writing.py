@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .codings import CHUNK, CODINGS, shortest_coding
-from .header import DTYPE_CODES, LAYOUT_KEY, MASK_SUFFIX, MAX_HEADER, VERSION, VERSION_KEY
+from .header import DTYPE_CODES, LAYOUT_KEY, MASK_SUFFIX, MAX_HEADER, VERSION, VERSION_KEY, Checksum
 
 # Each takes up to a byte for every entry of the mask that it packs or unpacks.
 _MAX_THREADS = 8
@@ -118,6 +118,7 @@ def _encoded(masks: Mapping[str, Tensor], pool: Executor) -> Iterator[tuple[str,
 class _Span(NamedTuple):
     start: int
     stop: int
+    checksum: str
 
 
 def _write(
@@ -131,28 +132,35 @@ def _write(
     # The payloads are only known once written, so the header goes into room left for the longest one there could be.
     size = sum(tensor.nbytes + tensor.numel() for tensor in tensors.values())
     blobs = [*tensors, *(name + MASK_SUFFIX for name in masks)]
-    room = len(header(dict.fromkeys(blobs, _Span(size, 2 * size)), dict.fromkeys(masks, max(CODINGS, key=len))))
+    room = len(
+        header(dict.fromkeys(blobs, _Span(size, 2 * size, "0" * 8)), dict.fromkeys(masks, max(CODINGS, key=len)))
+    )
     room += -room % 8
     if room > MAX_HEADER:
         raise ValueError(f"The names and metadata take {room} bytes; a packed file has room for {MAX_HEADER}.")
     spans, codings = dict[str, _Span](), dict[str, str]()
     data_start = file.seek(8 + room)
 
-    def write(name: str, pieces: Iterable[bytes | memoryview]) -> None:
+    def write(name: str, checksum: Checksum, pieces: Iterable[bytes | memoryview]) -> None:
         start = file.tell()
         for piece in pieces:
             file.write(piece)
-        spans[name] = _Span(start - data_start, file.tell() - data_start)
+            checksum.update(piece)
+        spans[name] = _Span(start - data_start, file.tell() - data_start, checksum.hexdigest())
 
     with ThreadPoolExecutor(threads()) as pool:
         # Large items first keeps every tensor aligned to its own item size, which readers that map the file rely on.
         for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):
+            tensor = tensors[name]
+            shape = [kept[name]] if name in masks else list(tensor.shape)
+            checksum = Checksum(name, DTYPE_CODES[tensor.dtype], shape)
             if name in masks:
-                write(name, _kept_values(name, tensors[name], masks[name], pool))
+                write(name, checksum, _kept_values(name, tensor, masks[name], pool))
             else:
-                write(name, [_flat_bits(tensors[name]).data])
+                write(name, checksum, [_flat_bits(tensor).data])
         for name, codings[name], payload in _encoded(masks, pool):
-            write(name + MASK_SUFFIX, [payload])
+            checksum = Checksum(name + MASK_SUFFIX, codings[name], list(masks[name].shape))
+            write(name + MASK_SUFFIX, checksum, [payload])
     file.seek(0)
     file.write(room.to_bytes(8, "little") + header(spans, codings).ljust(room))
     return {name: span.stop - span.start for name, span in spans.items()}
@@ -166,14 +174,16 @@ def _header_bytes(
     codings: Mapping[str, str],
 ) -> bytes:
     packed = {name: {"coding": codings[name], "shape": list(tensors[name].shape)} for name in kept}
-    layout = json.dumps({"metadata": list(metadata), "packed": packed}, ensure_ascii=False, separators=(",", ":"))
+    checksums = {name: span.checksum for name, span in spans.items()}
+    contents = {"metadata": list(metadata), "packed": packed, "checksums": checksums}
+    layout = json.dumps(contents, ensure_ascii=False, separators=(",", ":"))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, VERSION_KEY: VERSION, LAYOUT_KEY: layout}}
     for name, tensor in tensors.items():
         shape = [kept[name]] if name in kept else list(tensor.shape)
-        header[name] = {"dtype": DTYPE_CODES[tensor.dtype], "shape": shape, "data_offsets": spans[name]}
+        header[name] = {"dtype": DTYPE_CODES[tensor.dtype], "shape": shape, "data_offsets": spans[name][:2]}
     for name in kept:
         span = spans[name + MASK_SUFFIX]
-        header[name + MASK_SUFFIX] = {"dtype": "U8", "shape": [span.stop - span.start], "data_offsets": span}
+        header[name + MASK_SUFFIX] = {"dtype": "U8", "shape": [span.stop - span.start], "data_offsets": span[:2]}
     return json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
 
 

@@ -1,0 +1,133 @@
+"""Load models and image processors from folders that a stranger may have written."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.utils import IMAGE_PROCESSOR_NAME
+
+from .. import hub
+from ..saved_files import read_json
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+_MAX_SIDE = 2**14
+# Models register some tensors twice while they are built, and small ones are no danger.
+_FACTOR, _SPARE_ENTRIES, _SPARE_TENSORS = 2, 2**22, 2000
+
+
+@contextmanager
+def in_one_sentence(name: str) -> Iterator[None]:
+    """Turn what libraries raise on contradictory values into one sentence.
+
+    Args:
+        name: the model, for the message.
+
+    Raises:
+        ValueError: in place of errors of the kinds that wrong values of a configuration cause; all others pass.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ImportError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{name} cannot be loaded: its configuration and its weights describe no model ({type(error).__name__}: "
+            f"{reason})."
+        ) from error
+
+
+@contextmanager
+def no_larger_than(size: int) -> Iterator[None]:
+    """Refuse to build a model that is much larger than its files, before memory is taken for it.
+
+    transformers builds models on the meta device, so all that is counted here is shapes.
+
+    Args:
+        size: bytes of the weight files, unpacked.
+
+    Raises:
+        ValueError: the model registers more than twice the entries that the files could hold.
+    """
+    limit, thread, entries, tensors = _FACTOR * size + _SPARE_ENTRIES, threading.get_ident(), 0, 0
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        nonlocal entries, tensors
+        if tensor is None or not tensor.is_meta or threading.get_ident() != thread:
+            return
+        entries, tensors = entries + tensor.numel(), tensors + 1
+        if entries > limit or tensors > size + _SPARE_TENSORS:
+            raise ValueError(
+                f"The configuration describes a model of more than {entries:,} entries, and the weight files hold "
+                f"{size:,} bytes; they do not belong together."
+            )
+
+    handles = [
+        torch_module.register_module_parameter_registration_hook(count),
+        torch_module.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def load_image_processor(name: str, kwargs: Mapping[str, Any]) -> BaseImageProcessor | None:
+    """Load the image processor that was saved with a model; None where there is none.
+
+    Args:
+        name: Hub id or folder.
+        kwargs: the arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: its file describes none, or one that is only code of the repository.
+        OSError: the Hub cannot be reached.
+    """
+    path = hub.find_file(name, IMAGE_PROCESSOR_NAME, kwargs)
+    if path is None:
+        return None
+    _check_processor(path, read_json(Path(path)))
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(name, **hub.hub_kwargs(kwargs))
+    except OSError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} describes no image processor ({type(error).__name__}: {reason}).") from error
+
+
+def _check_processor(path: str, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if name.startswith("do_") and value is not None and type(value) is not bool:
+            raise ValueError(f"`{name}` in {path} is {value!r}; expected true or false.")
+        for number in _numbers(value):
+            if not math.isfinite(number) or abs(number) > _MAX_SIDE:
+                raise ValueError(f"`{name}` in {path} is {number}; expected at most {_MAX_SIDE}.")
+            if name == "image_std" and number <= 0:
+                raise ValueError(f"`image_std` in {path} is {value!r}; expected numbers above 0.")
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """The numbers in a value of an image processor, which nests them once at most."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return (item for item in inner if isinstance(item, int | float))
