@@ -202,7 +202,7 @@ def test_loading_with_another_number_of_labels_is_refused(tmp_path):
     model = tiny_model("vit")
     model.freeze_masks()
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="counts 3 labels, but the head has 6 classes"):
+    with pytest.raises(ValueError, match="`num_labels` is 3, but `id2label` names 6 classes"):
         AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
     model.config.num_labels = 3
     with pytest.raises(ValueError, match="counts 3 labels, but the head has 6 classes"):

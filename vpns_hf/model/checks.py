@@ -57,7 +57,7 @@ def check_image_size(model: PromptedSparseModel) -> None:
     """
     if model.config.image_size is None:
         return
-    channels = len(model.config.image_mean) if model.config.image_mean else _channels(model)
+    channels = _channels(model)
     image = torch.zeros(1, channels, *model.config.image_size, device=model.device, dtype=model.dtype)
     training = model.training
     try:
