@@ -498,7 +498,7 @@ def test_layers_that_hooks_do_not_see_are_named():
 
     layer = OwnPadding(1, 1, 3)
     images = torch.randn(1, 1, 8, 8)
-    with pytest.raises(ValueError, match=r"inputs of conv\.weight .* makes 12 positions of 8"):
+    with pytest.raises(ValueError, match=r"inputs of conv\.weight .* has 12 output positions for 8"):
         input_columns("conv.weight", layer, images, layer(images))
 
 
