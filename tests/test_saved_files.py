@@ -78,6 +78,9 @@ def test_code_of_a_backbone_is_neither_run_nor_asked_about(no_prompt, tmp_path):
         ({"size": {"height": 10**9, "width": 32}}, "`size` in .* is 1000000000"),
         ({"image_std": [0.5, 0, 0.5]}, "`image_std` in .* expected numbers above 0"),
         ({"image_mean": [0.5, float("nan"), 0.5]}, "`image_mean` in .* is nan"),
+        ({"resample": "dense"}, "describes no image processor"),
+        ({"image_mean": [0.5, 0.5]}, "describes no image processor"),
+        ({"rescale_factor": "x"}, "describes no image processor"),
         ({"image_processor_type": "Unknown"}, "describes no image processor"),
     ],
 )
@@ -112,6 +115,12 @@ def test_weights_that_are_not_zero_where_they_are_pruned_are_refused(folder, val
     weight[position] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     refused("classifier.weight of this model is not zero in 1 entries", PromptedSparseModel.from_pretrained, folder)
+
+
+def test_a_damaged_unpacked_file_is_one_sentence(folder):
+    PromptedSparseModel.from_pretrained(folder).save_pretrained(folder, packed=False)
+    os.truncate(folder / "model.safetensors", 9000)
+    refused("cannot be loaded: .*SafetensorError", PromptedSparseModel.from_pretrained, folder)
 
 
 def test_pickles_are_not_read(folder):

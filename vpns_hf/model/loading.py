@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.utils import IMAGE_PROCESSOR_NAME
@@ -21,7 +22,7 @@ from ..saved_files import read_json
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
-_MAX_SIDE = 2**14
+_MAX_SIDE = 2**12
 # Models register some tensors twice while they are built, and small ones are no danger.
 _FACTOR, _SPARE_ENTRIES, _SPARE_TENSORS = 2, 2**22, 2000
 
@@ -48,6 +49,7 @@ def in_one_sentence(name: str) -> Iterator[None]:
         RuntimeError,
         TypeError,
         ImportError,
+        SafetensorError,
     ) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -106,9 +108,15 @@ def load_image_processor(name: str, kwargs: Mapping[str, Any]) -> BaseImageProce
     path = hub.find_file(name, IMAGE_PROCESSOR_NAME, kwargs)
     if path is None:
         return None
-    _check_processor(path, read_json(Path(path)))
+    values = read_json(Path(path))
+    _check_processor(path, values)
+    mean = values.get("image_mean")
+    picture = torch.zeros(len(mean) if isinstance(mean, list) else 3, 64, 48, dtype=torch.uint8)
     try:
-        return transformers.AutoImageProcessor.from_pretrained(name, **hub.hub_kwargs(kwargs))
+        image_processor = transformers.AutoImageProcessor.from_pretrained(name, **hub.hub_kwargs(kwargs))
+        # Most wrong values only show when they are used.
+        image_processor(picture, return_tensors="pt")
+        return image_processor
     except OSError:
         raise
     except Exception as error:
