@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 
+from ..scores.starts import AUTO
 from .mask_schedules import MaskSchedule
 from .preparations import Preparation, Select
 
@@ -91,6 +92,12 @@ class Method:
     is_control: bool = False
 
     @property
+    def finds_score_rate(self) -> bool:
+        """Return whether the learning rate of the scores follows from the run, unless the arguments give a number."""
+        stages = [entry.stage if isinstance(entry, Rounds) else entry for entry in self.stages]
+        return any("scores" in stage.roles and stage.masks.scores.learning_rate == AUTO for stage in stages)
+
+    @property
     def needs_data(self) -> bool:
         """Return whether any stage needs images, apart from the warm-up of a new head."""
         stages = [entry.stage if isinstance(entry, Rounds) else entry for entry in self.stages]
@@ -117,10 +124,10 @@ class RoleSettings:
     Args:
         optim: name of an optimizer of `TrainingArguments.optim`, or `"adam"` (weight decay added to the gradient, as
             in the released code; `"adamw_torch"` decouples it).
-        learning_rate: initial learning rate.
+        learning_rate: initial learning rate; `"auto"`, for scores alone: found when the stage begins.
         lr_scheduler_type: name of its schedule.
     """
 
     optim: str
-    learning_rate: float
+    learning_rate: float | str
     lr_scheduler_type: str

@@ -5,16 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .mask_schedules import (
-    AlternatingCompression,
-    GradualMagnitude,
-    GradualSparsity,
-    LearnedMasks,
-    MaskSchedule,
-    RigL,
-    ScoredMasks,
-    Unmasked,
-)
+from ..scores.starts import AUTO, HYDRA, ScoreSettings
+from .magnitude_schedules import AlternatingCompression, GradualMagnitude, RigL, by_lamp
+from .mask_schedules import GradualSparsity, LearnedMasks, MaskSchedule, ScoredMasks, Unmasked
 from .preparations import Preparation, RecalibrateBatchNorm, Reconstruct, Rewind, Select
 from .stage import Method, RoleSettings, Rounds, Stage
 
@@ -28,6 +21,18 @@ TUNE = Stage("tune", WEIGHTS, "tune")
 PROMPTED_SEARCH = replace(SEARCH, roles=SCORES | PROMPT, batches="prompted")
 PROMPTED_TUNE = replace(TUNE, roles=WEIGHTS | PROMPT, batches="prompted")
 PROMPT_ALONE = Stage("prompt", PROMPT, "tune", batches="prompted", eval_backbone=True)
+# The sparsity rises from zero, so that scores are learned on a network that still works.
+RISING_SEARCH = replace(
+    SEARCH, masks=LearnedMasks(gradual=GradualSparsity(), scores=ScoreSettings(HYDRA, AUTO, travel=8.0))
+)
+# Scores and weights train together while the sparsity rises, then the weights alone under the mask.
+JOINT = Stage(
+    "joint",
+    SCORES | WEIGHTS,
+    "tune",
+    masks=LearnedMasks(gradual=GradualSparsity(end=0.75), until=0.75, scores=ScoreSettings("lamp", AUTO, travel=4.0)),
+    batches="mixed",
+)
 # The head of a model that is pruned already, on the backbone as it is.
 PRUNED_WARM_UP = replace(WARM_UP, masks=MaskSchedule(), sparsity=None)
 
@@ -67,6 +72,24 @@ METHODS: dict[str, Method] = {
     "hydra": Method(
         "Learn masks alone with the optimizer of VPNs, then tune the weights (arXiv 2002.10509).",
         _hydra(),
+    ),
+    "vpns_gradual": Method(
+        "VPNs with a sparsity that rises from zero during its search.",
+        (WARM_UP, replace(RISING_SEARCH, roles=PROMPTED_SEARCH.roles, batches="prompted"), PROMPTED_TUNE),
+        uses_prompt=True,
+    ),
+    "hydra_gradual": Method(
+        "The loop of vpns_gradual without a prompt.",
+        (WARM_UP, replace(RISING_SEARCH, batches="mixed"), replace(TUNE, batches="mixed")),
+    ),
+    "vpns_joint": Method(
+        "Learn masks, weights and a visual prompt together in one stage, while the sparsity rises from zero.",
+        (WARM_UP, replace(JOINT, roles=JOINT.roles | PROMPT, batches="prompted")),
+        uses_prompt=True,
+    ),
+    "hydra_joint": Method(
+        "The loop of vpns_joint without a prompt.",
+        (WARM_UP, JOINT),
     ),
     "hydra_sgd": Method(
         "HYDRA with the optimizer it was published with: scores by SGD at 0.1 (arXiv 2002.10509).",
@@ -142,6 +165,10 @@ METHODS: dict[str, Method] = {
     "gmp": Method(
         "Gradual magnitude pruning while the weights train, along a cubic curve (arXiv 1710.01878).",
         (WARM_UP, replace(TUNE, masks=GradualMagnitude())),
+    ),
+    "gmp_lamp": Method(
+        "Gradual pruning ranked by layer-adaptive magnitude while the weights train (arXiv 1710.01878, 2010.07611).",
+        (WARM_UP, replace(TUNE, masks=GradualMagnitude(ranking=by_lamp, scope="global"))),
     ),
     "acdc": Method(
         "AC/DC: dense and compressed phases in turn (arXiv 2106.12379).",

@@ -154,10 +154,11 @@ def lamp(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) ->
 
     arXiv 2010.07611. Within one tensor the ranking equals that of magnitude, ties included.
     """
-    return {name: _lamp(weight.detach()) for name, weight in model.prunable_weights().items()}
+    return {name: lamp_of(weight.detach()) for name, weight in model.prunable_weights().items()}
 
 
-def _lamp(weight: Tensor) -> Tensor:
+def lamp_of(weight: Tensor) -> Tensor:
+    """Compute the LAMP scores of one weight tensor, in float32."""
     squares = weight.double().flatten().square()
     # Of equal weights the earlier one counts as larger, because selection keeps it first.
     ordered, order = squares.sort(descending=True, stable=True)

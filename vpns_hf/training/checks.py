@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from ..methods.stage import Method, Stage
 from ..model.modeling import PromptedSparseModel
+from ..scores.starts import AUTO
 from .arguments import VPNsTrainingArguments, budgeted_stages
 
 
@@ -68,10 +69,27 @@ def check_stages(stages: Sequence[Stage], args: VPNsTrainingArguments) -> None:
         raise ValueError(f"`method={args.method!r}` does not work with fp16; use bf16 or float32.")
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 needs a GPU, and this run is on the CPU; use bf16 or float32.")
+    for stage in stages:
+        if "scores" in stage.roles:
+            _check_scores(stage, args)
     if 0 < args.total_max_steps < (count := len(budgeted_stages(stages))):
         raise ValueError(
             f"`total_max_steps` is {args.total_max_steps}, but `method={args.method!r}` has {count} stages that train "
             "at this sparsity; give it at least one step for each."
+        )
+
+
+def _check_scores(stage: Stage, args: VPNsTrainingArguments) -> None:
+    settings = args.role_settings("scores", stage)
+    if stage.masks.signed and (args.score_start is not None or settings.learning_rate == AUTO):
+        raise ValueError(
+            f"`method={args.method!r}` starts its scores at zero, so it takes no `score_start`, and no "
+            "`score_learning_rate='auto'` follows from them; pass a number, such as 0.01."
+        )
+    if settings.learning_rate == AUTO and "adam" not in settings.optim:
+        raise ValueError(
+            "`score_learning_rate='auto'` needs steps of about the learning rate, as those of Adam are, and "
+            f"`score_optim` is {settings.optim!r}; pass a number, or `score_optim='adam'`."
         )
 
 

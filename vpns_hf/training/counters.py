@@ -42,6 +42,7 @@ class Counters(TrainerCallback, ExportableState):
         logged_step: the step of the last log.
         logged_loss: sum of the losses up to that step.
         loss: sum of the losses after it.
+        score_learning_rate: learning rate of the scores that was found when the stage began; 0 where none was.
     """
 
     flips: int = 0
@@ -52,6 +53,7 @@ class Counters(TrainerCallback, ExportableState):
     logged_step: int = 0
     logged_loss: float = 0.0
     loss: float = 0.0
+    score_learning_rate: float = 0.0
 
     def __post_init__(self) -> None:
         self._started = 0.0

@@ -32,16 +32,15 @@ def build_optimizer(
     Raises:
         ValueError: an unknown optimizer.
     """
+    learning_rate = float(settings.learning_rate)
     if settings.optim in NOT_IN_TRAINER:
         betas = (args.adam_beta1, args.adam_beta2)
-        return NOT_IN_TRAINER[settings.optim](
-            parameters, lr=settings.learning_rate, betas=betas, eps=args.adam_epsilon
-        )  # type: ignore[call-arg]
+        return NOT_IN_TRAINER[settings.optim](parameters, lr=learning_rate, betas=betas, eps=args.adam_epsilon)  # type: ignore[call-arg]
     known = [*NOT_IN_TRAINER, *(name.value for name in OptimizerNames)]
     if settings.optim not in known:
         raise ValueError(f"The optimizer {settings.optim!r} is unknown; expected one of {', '.join(known)}.")
     role_args = copy.copy(args)
-    role_args.optim, role_args.learning_rate = OptimizerNames(settings.optim), settings.learning_rate
+    role_args.optim, role_args.learning_rate = OptimizerNames(settings.optim), learning_rate
     optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(role_args)
     if optimizer_class is torch.optim.SGD:
         kwargs = {"momentum": momentum} | kwargs

@@ -37,12 +37,14 @@ class FinishedStage:
         steps: optimizer steps.
         metrics: numbers of the evaluation after the stage; empty without one.
         cost: cost of the stage.
+        score_learning_rate: as in [`Counters`].
     """
 
     name: str
     steps: int
     metrics: dict[str, float]
     cost: Cost = field(default_factory=Cost)
+    score_learning_rate: float = 0.0
 
     def summary(self, density: float) -> str:
         """Return steps, density and accuracies in one line."""

@@ -31,7 +31,7 @@ from .checkpoints import UNFINISHED_CHECKPOINT, publish_checkpoint, writing
 from .counters import Counters
 from .interruption import ignore_signals
 from .losses import mix_images, smoothed_loss
-from .optimizers import OptimizerByRole, build_optimizer, learning_rate_factor, weight_groups
+from .optimizers import OptimizerByRole, build_optimizer, weight_groups
 from .plan import StagePlan
 from .reporting import loggable
 
@@ -155,9 +155,8 @@ class StageTrainer(Trainer):
                 # Scores and prompt are single tensors without norms or biases: all of them decay.
                 in_decay = decayed if role in ("weights", "head") else set(parameters)
                 groups = weight_groups(parameters, in_decay, self.args.weight_decay)
-                parts[role] = build_optimizer(
-                    groups, self.args.role_settings(role, self.plan.stage), self.args, self.args.momentum
-                )
+                settings = self.plan.role_settings(role, self.counters.score_learning_rate)
+                parts[role] = build_optimizer(groups, settings, self.args, self.args.momentum)
             self._optimizer_by_role = self.optimizer = OptimizerByRole(parts, self.plan.stage.turns)
         return self.optimizer
 
@@ -165,15 +164,8 @@ class StageTrainer(Trainer):
         """Create one schedule per role, all functions of the optimizer step."""
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
-            factors = [
-                learning_rate_factor(
-                    self.args.role_settings(group["role"], self.plan.stage).lr_scheduler_type,
-                    self.args.get_warmup_steps(num_training_steps),
-                    num_training_steps,
-                    **(self.args.lr_scheduler_kwargs or {}),
-                )
-                for group in optimizer.param_groups
-            ]
+            roles = [group["role"] for group in optimizer.param_groups]
+            factors = [self.plan.learning_rate_factor(role, num_training_steps) for role in roles]
             self.lr_scheduler = LambdaLR(optimizer, factors)
         return self.lr_scheduler
 
@@ -228,6 +220,8 @@ class StageTrainer(Trainer):
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         if "loss" in logs:
             logs["sparsity"] = self.model.sparsity
+            if self.counters.score_learning_rate:
+                logs["score_learning_rate"] = self.counters.score_learning_rate
             if self.plan.stage.masks.moves:
                 logs["mask_flips"] = self.counters.take_flips()
             if self.model.prompt is not None and "prompt" in self.plan.stage.roles:
