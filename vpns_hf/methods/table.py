@@ -18,6 +18,7 @@ PROMPT = frozenset({"prompt"})
 WARM_UP = Stage("warm_up", frozenset({"head"}), "warm_up", masks=ScoredMasks(), sparsity=0.0)
 SEARCH = Stage("search", SCORES, "search", masks=LearnedMasks())
 TUNE = Stage("tune", WEIGHTS, "tune")
+DENSE = replace(TUNE, masks=Unmasked(), batches="mixed")
 PROMPTED_SEARCH = replace(SEARCH, roles=SCORES | PROMPT, batches="prompted")
 PROMPTED_TUNE = replace(TUNE, roles=WEIGHTS | PROMPT, batches="prompted")
 PROMPT_ALONE = Stage("prompt", PROMPT, "tune", batches="prompted", eval_backbone=True)
@@ -47,6 +48,13 @@ def prune_only(*before: Preparation) -> tuple[Stage, ...]:
     return WARM_UP, Stage("prune", frozenset(), "tune", before)
 
 
+def with_teacher(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Put a stage that tunes the dense reference, as a teacher, before the others, which start where it started."""
+    count = next(index for index, stage in enumerate(stages) if stage.length != "warm_up")
+    first = replace(stages[count], before=(Rewind(), *stages[count].before))
+    return *stages[:count], replace(DENSE, name="teacher", length="teacher"), first, *stages[count + 1 :]
+
+
 def _vpns(**changes: Any) -> tuple[Stage, ...]:
     """The loop of VPNs with both stages changed in the same way."""
     return WARM_UP, replace(PROMPTED_SEARCH, **changes), replace(PROMPTED_TUNE, **changes)
@@ -61,7 +69,7 @@ MAGNITUDE = Select("magnitude", needs_data=False)
 METHODS: dict[str, Method] = {
     "dense": Method(
         "Reference: all weights are tuned on the batches of VPNs without its prompt, nothing is pruned.",
-        (WARM_UP, replace(TUNE, masks=Unmasked(), batches="mixed")),
+        (WARM_UP, DENSE),
     ),
     # Learned masks
     "vpns": Method(
@@ -165,6 +173,11 @@ METHODS: dict[str, Method] = {
     "gmp": Method(
         "Gradual magnitude pruning while the weights train, along a cubic curve (arXiv 1710.01878).",
         (WARM_UP, replace(TUNE, masks=GradualMagnitude())),
+    ),
+    "gmp_teacher": Method(
+        "Gradual magnitude pruning that learns from the dense reference of the same seed (arXiv 2210.06384).",
+        (WARM_UP, replace(TUNE, masks=GradualMagnitude())),
+        teacher="self",
     ),
     "gmp_lamp": Method(
         "Gradual pruning ranked by layer-adaptive magnitude while the weights train (arXiv 1710.01878, 2010.07611).",

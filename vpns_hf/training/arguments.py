@@ -20,6 +20,8 @@ from .trainer_arguments import check_arguments
 
 PROMPT_MIXINGS = ("alternate", "always", "never")
 EVAL_PROMPTS = ("without", "with", "both")
+SELF = "self"
+"""Name of the teacher that is the dense reference of the run itself: same seed, steps and batches, nothing pruned."""
 
 
 @dataclass
@@ -65,6 +67,19 @@ class VPNsTrainingArguments(TrainingArguments):
             "help": "Optimizer steps of all stages after the warm-up together, shared out equally; replaces all other "
             "lengths of stages."
         },
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model whose predictions are learned from: the folder of a run, a folder or Hub id, or self (the "
+            "dense reference of the same seed, tuned first); the method's own when not given."
+        },
+    )
+    teacher_weight: float = field(
+        default=0.5, metadata={"help": "Share of the loss that compares with the teacher, in [0, 1]."}
+    )
+    teacher_temperature: float = field(
+        default=2.0, metadata={"help": "Temperature that softens the predictions of teacher and student."}
     )
     calibration_images_per_class: int = field(
         default=10, metadata={"help": "Training images of each class that one-shot scores are measured on."}
@@ -188,6 +203,12 @@ class VPNsTrainingArguments(TrainingArguments):
                 "`recipes/accelerate_configs/ddp_cpu.yaml`."
             )
         check_arguments(self)
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(f"`teacher_weight` is {self.teacher_weight}; expected a share in [0, 1], such as 0.5.")
+        if not 0 < self.teacher_temperature < math.inf:
+            raise ValueError(
+                f"`teacher_temperature` is {self.teacher_temperature}; expected a number above 0, such as 2."
+            )
         if min(self.mixup_alpha, self.cutmix_alpha) < 0:
             raise ValueError(
                 f"`mixup_alpha` is {self.mixup_alpha} and `cutmix_alpha` {self.cutmix_alpha}; expected at least 0, "
@@ -270,6 +291,8 @@ class VPNsTrainingArguments(TrainingArguments):
             return self.head_warm_up_epochs, -1
         is_search = stage.length == "search"
         epochs = self.search_epochs if is_search else self.num_train_epochs
+        if self.total_max_steps > 0 and stage.length == "teacher":
+            return epochs, self.total_max_steps
         sharing, budget = budgeted_stages(stages), self.total_max_steps
         if budget > 0 and stage in sharing:
             index, count = sharing.index(stage), len(sharing)
@@ -279,7 +302,7 @@ class VPNsTrainingArguments(TrainingArguments):
 
 def budgeted_stages(stages: Sequence[Stage]) -> list[Stage]:
     """Return the stages that share `total_max_steps`."""
-    return [stage for stage in stages if stage.length != "warm_up" and stage.roles]
+    return [stage for stage in stages if stage.length in ("search", "tune") and stage.roles]
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

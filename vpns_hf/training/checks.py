@@ -8,10 +8,10 @@ from typing import Any
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from ..methods.stage import Method, Stage
+from ..methods.stage import Method, Rounds, Stage
 from ..model.modeling import PromptedSparseModel
 from ..scores.starts import AUTO
-from .arguments import VPNsTrainingArguments, budgeted_stages
+from .arguments import SELF, VPNsTrainingArguments, budgeted_stages
 
 
 def check_model(model: Any, args: VPNsTrainingArguments, method: Method) -> None:
@@ -50,6 +50,33 @@ def check_state(stage: Stage, model: PromptedSparseModel, args: VPNsTrainingArgu
         raise ValueError(
             f"`method={args.method!r}` starts from an unpruned model, and this one is pruned already; wrap the "
             "pretrained backbone with `PromptedSparseModel.from_backbone`."
+        )
+
+
+def check_teacher(
+    teacher: str, method: Method, args: VPNsTrainingArguments, model: PromptedSparseModel, loss_func: Any
+) -> None:
+    """Raise unless the method can learn from the teacher, and can tune one first where that is asked for."""
+    stages = [entry.stage if isinstance(entry, Rounds) else entry for entry in method.stages]
+    if not any(stage.roles for stage in stages if stage.length != "warm_up"):
+        raise ValueError(
+            f"`teacher` is {teacher!r}, but `method={args.method!r}` trains nothing that could learn from it; leave "
+            "it out."
+        )
+    if loss_func is not None:
+        raise ValueError(
+            f"`teacher` is {teacher!r}, but a `compute_loss_func` replaces the loss that it is mixed with; leave one "
+            "of the two out."
+        )
+    if teacher == SELF and method.needs_pruned:
+        raise ValueError(
+            f"`teacher='self'` tunes the dense model first, and `method={args.method!r}` starts from a pruned one; "
+            "pass the folder of a run or a Hub id."
+        )
+    if teacher == SELF and model.config.label_mapping == "iterative":
+        raise ValueError(
+            "`teacher='self'` fixes the label mapping before the search, and `label_mapping='iterative'` finds it "
+            "again during it; pass the folder of a run or a Hub id."
         )
 
 

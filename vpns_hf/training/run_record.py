@@ -85,6 +85,12 @@ class RunRecord:
         finished = [FinishedStage(**stage | {"cost": Cost(**stage["cost"])}) for stage in content["finished"]]
         return cls(folder, settings, finished)
 
+    @classmethod
+    def last_finished_folder(cls, folder: Path) -> Path | None:
+        """Return the folder of the last finished stage of a run; None where there is none."""
+        record = cls.load(folder, {})
+        return record.finished_folder(record.finished[-1].name) if record.finished else None
+
     def save(self) -> None:
         """Write the record.
 

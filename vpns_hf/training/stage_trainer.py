@@ -34,6 +34,7 @@ from .losses import mix_images, smoothed_loss
 from .optimizers import OptimizerByRole, build_optimizer, weight_groups
 from .plan import StagePlan
 from .reporting import loggable
+from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class StageTrainer(Trainer):
     Attributes:
         plan: plan of the present stage.
         evaluates_prompt: whether the method evaluates with the prompt, too.
+        teacher: teacher of the present stage; None: it learns from the labels alone.
         prompted_train_dataset: the rows of `train_dataset` as prompted batches show them.
     """
 
@@ -57,6 +59,7 @@ class StageTrainer(Trainer):
     model_wrapped: Any
     state: TrainerState
     plan: StagePlan
+    teacher: Teacher | None = None
     evaluates_prompt: bool
     prompted_train_dataset: Any
     _evaluates_prompted = False
@@ -197,9 +200,14 @@ class StageTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss of a batch: `compute_loss_func`, else the smoothed loss, else the model's own."""
+        """Compute the loss of a batch: `compute_loss_func`, smoothed or the model's own, with the teacher's."""
         known = {name: value for name, value in inputs.items() if name in self._forward_arguments}
-        return super().compute_loss(model, known, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, known, True, num_items_in_batch)
+        if self.teacher is not None and model.training:
+            self.counters.teacher_images += len(known["pixel_values"]) * self.args.world_size
+            with self.accelerator.autocast():
+                loss = self.teacher.mixed_loss(loss, outputs.logits, known["pixel_values"])
+        return (loss, outputs) if return_outputs else loss
 
     def _mixed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # A function of the images seen, so that a resumed run mixes the same ones.

@@ -43,6 +43,7 @@ from .run_record import FIRST_STATE_NAME, MODEL_FOLDER, FinishedStage, RunRecord
 from .run_settings import run_settings
 from .score_rates import settle_score_rate
 from .stage_trainer import StageTrainer
+from .teacher import Teaching
 from .trainer_arguments import check_objects
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,8 @@ class VPNsTrainer(StageTrainer):
         self.label_mapper = LabelMapper(self, self.prompted_train_dataset)
         self.sparsity = model.config.sparsity if args.sparsity is None else args.sparsity
         self.scope = model.config.scope
-        self.stages = self.method.stages_for(model.config.new_head, self.sparsity)
+        self.teaching = Teaching(args, self.method, model, kwargs.get("compute_loss_func"))
+        self.stages = self.teaching.stages(self.method.stages_for(model.config.new_head, self.sparsity))
         check_stages(self.stages, args)
         self.evaluates_prompt = self.method.uses_prompt
         self.publisher = Publisher(args)
@@ -247,6 +249,7 @@ class VPNsTrainer(StageTrainer):
         stage.masks.begin(self.model, self.plan.sparsity)
         if checkpoint is None and "scores" in stage.roles:
             self.counters.score_learning_rate = settle_score_rate(self.model, self.plan)
+        self.teacher = self.teaching.teacher_of(stage, self.load_stage)
         self.model.eval_backbone = stage.eval_backbone
         self.model.train_only(*stage.roles)
         self.model_wrapped = self.model
