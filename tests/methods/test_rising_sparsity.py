@@ -79,7 +79,7 @@ def test_controls_differ_only_by_the_prompt(method, tmp_path):
     assert all(torch.allclose(runs[0][name].float(), runs[1][name].float(), atol=1e-4) for name in runs[0])
 
 
-@pytest.mark.parametrize("method", ["vpns_joint", "gmp_lamp"])
+@pytest.mark.parametrize("method", ["vpns_joint", "gmp_lamp", "platon"])
 @pytest.mark.parametrize("step", [3, 7, 10])
 @pytest.mark.parametrize("family", ["vit", "resnet"])
 def test_resume_equals_the_uninterrupted_run(family, method, step, tmp_path):
@@ -150,3 +150,27 @@ def test_gmp_lamp_prunes_by_lamp_of_the_present_weights(tmp_path):
     assert len(checked) == 11
     assert all(checked)
     assert all((before[name] | ~now[name]).all() for before, now in itertools.pairwise(watch.seen) for name in now)
+
+
+def test_platon_scores_by_an_independent_computation(tmp_path):
+    """Both averages over a run, from the weights and their own gradients while nothing is pruned."""
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            if args.output_dir.endswith("search") and state.global_step < 3:
+                (weight, *_), (score, *_) = model.prunable_weights().values(), model.scores().values()
+                self.now = (weight.detach() * weight.grad).abs()
+                torch.testing.assert_close(score.grad.abs(), self.now)
+
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if args.output_dir.endswith("search") and state.global_step <= 3:
+                seen.append((self.now, next(iter(model.scores().values())).detach().clone()))
+
+    run(tmp_path, "platon", callbacks=[Watch()], total_max_steps=40)
+    mean = spread = torch.zeros_like(seen[0][0])
+    assert len(seen) == 3
+    for now, score in seen:
+        mean = 0.85 * mean + 0.15 * now
+        spread = 0.975 * spread + 0.025 * (now - mean).abs()
+        torch.testing.assert_close(score, mean * spread)

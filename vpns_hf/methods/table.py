@@ -130,6 +130,19 @@ METHODS: dict[str, Method] = {
             ),
         ),
     ),
+    "platon": Method(
+        "PLATON: scores bound the importance |weight * gradient| from above while weights train (arXiv 2206.12562).",
+        (
+            WARM_UP,
+            replace(
+                SEARCH,
+                roles=SCORES | WEIGHTS,
+                length="tune",
+                settings={"scores": RoleSettings("platon", 1.0, "constant")},
+                masks=LearnedMasks(signed=True, gradual=GradualSparsity(start=0.1)),
+            ),
+        ),
+    ),
     # Magnitude
     "omp": Method(
         "One-shot magnitude pruning of the pretrained weights, ranked by the model's scope, then tuning.",
@@ -200,6 +213,10 @@ METHODS: dict[str, Method] = {
         "One-shot pruning that keeps the gradient flow, weight * Hessian-gradient product, then tuning (arXiv "
         "2002.07376).",
         prune_and_tune(Select("grasp")),
+    ),
+    "woodfisher": Method(
+        "Block-wise empirical Fisher scores, in four rounds, then tuning (WoodFisher, arXiv 2004.14340).",
+        prune_and_tune(Select("woodfisher", rounds=4)),
     ),
     "synflow": Method(
         "Synaptic flow in 100 rounds, without data, then tuning (arXiv 2006.05467).",

@@ -15,7 +15,7 @@ from ..methods.stage import Method, RoleSettings, Stage
 from ..methods.table import get_method
 from ..metrics import get_metric
 from ..scores.starts import AUTO, SCORE_STARTS, ScoreSettings
-from .optimizers import NOT_IN_TRAINER
+from .optimizers import NOT_IN_TRAINER, PLATON
 from .trainer_arguments import check_arguments
 
 PROMPT_MIXINGS = ("alternate", "always", "never")
@@ -230,6 +230,8 @@ class VPNsTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"`score_learning_rate` is {self.score_learning_rate!r}; expected a number or {AUTO!r}."
                 ) from None
+        if self.score_optim == PLATON:
+            raise ValueError("`score_optim='platon'` needs scores of its own kind; use `method='platon'`.")
         rate = self.score_learning_rate
         if isinstance(rate, (int, float)) and not 0 <= rate < math.inf:
             raise ValueError(f"`score_learning_rate` is {rate}; expected a number of at least 0, or {AUTO!r}.")
