@@ -72,6 +72,12 @@ class TestSettings:
         args = self.parse(tmp_path, "--per-device-train-batch-size", "7", dataset_name="flowers102")
         assert args.per_device_train_batch_size == 7
 
+    def test_a_method_that_finds_its_score_rate_keeps_it(self, tmp_path):
+        args = self.parse(tmp_path, dataset_name="oxford_pets", method="vpns_joint")
+        assert self.rates(args) == ("adam", None, 1e-4, "sgd", 1e-2, 1e-2)
+        assert args.role_settings("scores", args.pruning_method.stages[-1]).learning_rate == "auto"
+        assert args.per_device_train_batch_size == 64
+
     def test_learning_rates_go_with_their_optimizer(self, tmp_path):
         args = self.parse(tmp_path, "--optim", "sgd", dataset_name="flowers102")
         assert self.rates(args) == ("adam", 1e-3, 1e-3, "sgd", 1e-2, 1e-2)
@@ -85,7 +91,7 @@ class TestSettings:
     @pytest.mark.parametrize("name", ["sun397", "./dtd", "user/dtd"])
     def test_other_data_sets_change_nothing(self, tmp_path, name):
         args = self.parse(tmp_path, dataset_name=name)
-        assert self.rates(args) == ("adam", 1e-4, 1e-4, "sgd", 1e-2, 1e-2)
+        assert self.rates(args) == ("adam", None, 1e-4, "sgd", 1e-2, 1e-2)
         assert args.per_device_train_batch_size == VPNsTrainingArguments(str(tmp_path)).per_device_train_batch_size
 
 

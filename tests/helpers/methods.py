@@ -1,7 +1,11 @@
 """Run a method on a tiny model."""
 
+from dataclasses import replace
+
+from transformers import TrainerCallback
+
 from helpers.training import Images, fresh, make_trainer
-from vpns_hf.methods import get_method
+from vpns_hf.methods import METHODS, get_method
 
 SPARSITY = 0.9
 
@@ -21,3 +25,19 @@ def run(folder, method, model=None, **kwargs):
     trainer = make_trainer(folder, model, method=method, **data | settings | kwargs)
     trainer.train()
     return trainer
+
+
+def with_masks(method, masks):
+    """The method with another mask schedule in its last stage."""
+    *first, last = METHODS[method].stages
+    return replace(METHODS[method], stages=(*first, replace(last, masks=masks)))
+
+
+class AtStageBegin(TrainerCallback):
+    """Calls a function with the model and the stage's folder as each stage begins to train."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.function(model, args.output_dir)

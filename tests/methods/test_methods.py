@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.methods import SPARSITY, build, run
+from helpers.methods import SPARSITY, AtStageBegin, build, run
 from helpers.models import tiny_model
 from helpers.states import assert_same_state
 from helpers.training import Images, StopAt, fresh, history, make_trainer
@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from vpns_hf import VPNsTrainer
 from vpns_hf.masking import kept_count
 from vpns_hf.methods import METHODS, get_method
-from vpns_hf.methods.mask_schedules import AlternatingCompression, GradualSparsity, StageProgress, drop_and_grow
+from vpns_hf.methods.magnitude_schedules import AlternatingCompression, drop_and_grow
+from vpns_hf.methods.mask_schedules import GradualSparsity, StageProgress
 
 PRUNING = [name for name, method in METHODS.items() if name != "dense" and not method.needs_pruned]
 
@@ -52,16 +53,6 @@ def test_convolutional_networks(method, family, tmp_path):
     model = run(tmp_path, method, build(method, family), total_max_steps=12).model
     total = sum(mask.numel() for mask in model.masks().values())
     assert model.sparsity == pytest.approx(SPARSITY, abs=1 / total * len(model.masks()))
-
-
-class AtStageBegin(TrainerCallback):
-    """Calls a function with the model and the stage's folder as each stage begins to train."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        self.function(model, args.output_dir)
 
 
 def test_imp_rewinds_bit_exactly_and_its_masks_are_nested(tmp_path):

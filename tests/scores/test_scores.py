@@ -155,8 +155,8 @@ def test_synflow_vector():
 
 
 def test_lamp_vector():
-    first = scoring._lamp(torch.tensor([0.1, -0.5, 0.3, -0.2]))
-    second = scoring._lamp(torch.tensor([1, -0.05, 0.45, 0.7]))
+    first = scoring.lamp_of(torch.tensor([0.1, -0.5, 0.3, -0.2]))
+    second = scoring.lamp_of(torch.tensor([1, -0.05, 0.45, 0.7]))
     torch.testing.assert_close(first, torch.tensor([0.01 / 0.39, 1, 0.09 / 0.34, 0.04 / 0.38]))
     torch.testing.assert_close(second[3], torch.tensor(0.49 / 1.49))
     masks = select_masks({"a": first, "b": second}, 0.5)
@@ -168,12 +168,44 @@ def test_lamp_vector():
 @settings(deadline=None, max_examples=60)
 def test_lamp_ranks_one_tensor_as_magnitude_does(values, sparsity):
     weight = torch.tensor(values, dtype=torch.float32)
-    kept = select_masks({"a": scoring._lamp(weight)}, sparsity)["a"]
+    kept = select_masks({"a": scoring.lamp_of(weight)}, sparsity)["a"]
     assert torch.equal(kept, select_masks({"a": weight.abs()}, sparsity)["a"])
 
 
 def test_lamp_of_zeros_is_zero():
-    assert torch.equal(scoring._lamp(torch.zeros(2, 3)), torch.zeros(2, 3))
+    assert torch.equal(scoring.lamp_of(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+def test_woodfisher_vector():
+    """Gradients (1, 0) and (1, 1) of two images: F = [[1, .5], [.5, .5]], whose inverse is [[2, -2], [-2, 4]]."""
+    fisher, weight = torch.tensor([[[1.0, 0.5], [0.5, 0.5]]]), torch.tensor([3.0, 4.0])
+    found = scoring._saliency(weight, fisher, torch.tensor(0.0))
+    torch.testing.assert_close(found, torch.tensor([9 / 4, 16 / 8]))
+
+
+def test_woodfisher_is_the_rise_of_the_quadratic_when_neighbours_make_up():
+    """min over d of d F d / 2 with d_i = -w_i, solved for every weight on its own, from gradients of single images."""
+    model, batches = tiny_model(prompt=None), make_batches()
+    found = score_weights("woodfisher", model, batches, block=5, damping=1e-3)
+    dense = dense_copy(model)
+    weights = dense.prunable_weights()
+    gradients = []
+    for batch in batches:
+        for image, label in zip(batch["pixel_values"], batch["labels"], strict=True):
+            loss = dense(image[None], label[None]).loss
+            gradients.append(torch.autograd.grad(loss, tuple(weights.values()), materialize_grads=True))
+    mean = sum(float(part.square().sum()) for parts in gradients for part in parts)
+    mean /= len(gradients) * sum(weight.numel() for weight in weights.values())
+    for index, (name, weight) in enumerate(weights.items()):
+        rows = torch.stack([parts[index].flatten()[5:10] for parts in gradients]).double()
+        fisher = rows.T @ rows / len(rows) + 1e-3 * mean * torch.eye(5)
+        for position in range(5):
+            others = [place for place in range(5) if place != position]
+            move = torch.zeros(5, dtype=torch.float64)
+            move[position] = -weight.detach().flatten()[5 + position]
+            move[others] = -torch.linalg.solve(fisher[others][:, others], fisher[others, position] * move[position])
+            expected = (move @ fisher @ move / 2).float()
+            torch.testing.assert_close(found[name].flatten()[5 + position], expected, rtol=1e-3, atol=1e-12)
 
 
 def test_wanda_vector():
@@ -410,7 +442,8 @@ def test_masks_score_the_weights_that_are_left(name):
     expected = score_weights(name, tiny_model(backbone), batches)
     for weight, mask in masks.items():
         assert (found[weight][~mask] == 0).all()
-        if name != "grasp":
+        # Those two score a weight by others as well, which are gone.
+        if name not in ("grasp", "woodfisher"):
             assert torch.equal(found[weight][mask], expected[weight][mask])
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from vpns_hf import VPNsTrainingArguments
 from vpns_hf.methods import METHODS, RoleSettings, get_method
-from vpns_hf.training.optimizers import OptimizerByRole, build_optimizer, learning_rate_factor, weight_groups
+from vpns_hf.training.optimizers import OptimizerByRole, Platon, build_optimizer, learning_rate_factor, weight_groups
 
 
 @pytest.fixture
@@ -121,3 +121,20 @@ def test_a_resting_role_is_not_moved_by_momentum():
     optimizer.step()
     assert torch.equal(prompt, before[0])
     assert not torch.equal(scores, before[1])
+
+
+def test_platon_vector():
+    """Importance 1, then 3, with both averages of factor 1/2."""
+    score = torch.zeros(1, requires_grad=True)
+    optimizer = Platon([score], betas=(0.5, 0.5))
+    for gradient, expected in ((-1.0, 0.5 * 0.25), (3.0, 1.75 * 0.75)):
+        score.grad = torch.tensor([gradient])
+        optimizer.step()
+        assert score.item() == pytest.approx(expected)
+
+
+def test_platon_is_for_its_own_method(tmp_path):
+    with pytest.raises(ValueError, match="use `method='platon'`"):
+        VPNsTrainingArguments(output_dir=str(tmp_path), use_cpu=True, score_optim="platon")
+    with pytest.raises(ValueError, match="platon"):
+        VPNsTrainingArguments(output_dir=str(tmp_path), use_cpu=True, optim="platon")

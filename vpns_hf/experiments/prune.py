@@ -50,8 +50,8 @@ def main(arguments: Iterable[str] | None = None, default_config: Path | None = N
 
 
 def _steps(trainer: VPNsTrainer) -> int:
-    """Optimizer steps of the run after the warm-up of a new head."""
-    return sum(stage.steps for stage in trainer.finished_stages if stage.name != "warm_up")
+    """Optimizer steps of the run, without those of the warm-up of a new head and of a teacher."""
+    return sum(stage.steps for stage in trainer.finished_stages if stage.name not in ("warm_up", "teacher"))
 
 
 def _train_references(experiment: Experiment, methods: Iterable[str], steps: int) -> dict[str, VPNsTrainer]:

@@ -55,6 +55,8 @@ _AMOUNTS = (
     "backward_images",
     "seconds",
     "trained_weights",
+    "teacher_steps",
+    "teacher_images",
 )
 
 
@@ -80,6 +82,8 @@ class CellResult:
         task, mode: the cell.
         mask_steps: optimizer steps that found the mask on the source task, without its warm-up; None where the mask
             was found on the task itself or is a shared one.
+        teacher_steps: optimizer steps that tuned a teacher first; none of their cost is in the other numbers.
+        teacher_images: number of images that passed forward through a teacher.
         metrics: further metrics of the test split without the prompt, by name, as fractions.
 
     Raises:
@@ -105,6 +109,8 @@ class CellResult:
     task: str | None = None
     mode: str | None = None
     mask_steps: int | None = None
+    teacher_steps: int = 0
+    teacher_images: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

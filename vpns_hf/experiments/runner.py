@@ -116,7 +116,8 @@ class CellRunner(ABC):
         """Evaluate a trained cell on the test split, once, and return its line."""
         test = trainer.evaluate(experiment.eval_split("test"), metric_key_prefix="test")
         stages = trainer.finished_stages
-        costs = [stage.cost for stage in stages]
+        own = [stage for stage in stages if stage.name != "teacher"]
+        costs = [stage.cost for stage in own]
         warm_up = sum(stage.steps for stage in stages if stage.name == "warm_up")
         return CellResult(
             method=cell.method,
@@ -126,7 +127,7 @@ class CellRunner(ABC):
             accuracy_prompted=test.get("test_accuracy_prompted"),
             validation_accuracy=trainer.evaluate(validation)["eval_accuracy"],
             measured_sparsity=trainer.model.sparsity,
-            steps=sum(stage.steps for stage in stages) - warm_up,
+            steps=sum(stage.steps for stage in own) - warm_up,
             warm_up_steps=warm_up,
             images=sum(cost.images for cost in costs),
             forward_images=sum(cost.forward_images for cost in costs),
@@ -142,6 +143,8 @@ class CellRunner(ABC):
             task=cell.task,
             mode=cell.mode,
             mask_steps=mask_steps,
+            teacher_steps=sum(stage.steps for stage in stages if stage not in own),
+            teacher_images=sum(cost.teacher_images for cost in costs),
             metrics={name: test[f"test_{name}"] for name in trainer.args.metrics or () if name != "accuracy"},
         )
 

@@ -162,6 +162,8 @@ def _metric(name: str) -> Callable[[_Row], str | None]:
 _prompted = _of_seeds(lambda run: run.accuracy_prompted)
 _ACCURACY = "accuracy (%)"
 _MASK_STEPS = "steps for the mask"
+_TEACHER_STEPS = "steps of a teacher"
+_TEACHER_IMAGES = "images through a teacher (k)"
 _COLUMNS: dict[str, Callable[[_Row], str | None]] = {
     "method": lambda row: row.method,
     _ACCURACY: _of_seeds(lambda run: run.accuracy),
@@ -175,6 +177,8 @@ _COLUMNS: dict[str, Callable[[_Row], str | None]] = {
     "images backward (k)": _mean(lambda run: run.backward_images / 1000, 1),
     "seconds": _mean(lambda run: run.seconds),
     "trained weights": _mean(lambda run: run.trained_weights),
+    _TEACHER_STEPS: _mean(lambda run: run.teacher_steps),
+    _TEACHER_IMAGES: _mean(lambda run: run.teacher_images / 1000, 1),
 }
 # Columns that are only shown if this is true of a row.
 _OPTIONAL: dict[str, Callable[[_Row], bool]] = {
@@ -182,6 +186,8 @@ _OPTIONAL: dict[str, Callable[[_Row], bool]] = {
     "paper (its own setting, %)": lambda row: row.paper is not None,
     "measured sparsity": _deviates,
     _MASK_STEPS: lambda row: any(run.mask_steps is not None for run in row.runs),
+    _TEACHER_STEPS: lambda row: any(run.teacher_steps for run in row.runs),
+    _TEACHER_IMAGES: lambda row: any(run.teacher_images for run in row.runs),
 }
 Paper = Mapping[tuple[str, float], float]
 

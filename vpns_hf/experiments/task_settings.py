@@ -17,7 +17,8 @@ def apply_task_settings(data_args: DataArguments, args: VPNsTrainingArguments, g
     """Set the paper's settings for a data set of `TRANSFER_TASKS`, wherever nothing else was asked for.
 
     These are batch size, optimizers and learning rates, and the metrics that the data set is measured by. A learning
-    rate of the table belongs to its optimizer, so it is left alone where another optimizer was asked for. The batch
+    rate of the table belongs to its optimizer, so it is left alone where another optimizer was asked for; those of the
+    search are left alone where the method finds the rate of its scores itself. The batch
     size of the table is that of an optimizer step: it is divided by processes and accumulation steps.
 
     Args:
@@ -46,7 +47,9 @@ def apply_task_settings(data_args: DataArguments, args: VPNsTrainingArguments, g
 def _optimizers(paper: PaperSettings, args: VPNsTrainingArguments, given: Collection[str]) -> dict[str, Any]:
     """Optimizers and learning rates of both stages, without those that were asked for otherwise."""
     taken: dict[str, Any] = {}
-    for settings in (paper.search_arguments(), paper.tune_arguments()):
+    # The paper's rate is for the sparsity that its searches start with.
+    search = {} if args.pruning_method.finds_score_rate else paper.search_arguments()
+    for settings in filter(None, (search, paper.tune_arguments())):
         optimizer = next(iter(settings))
         if optimizer not in given or getattr(args, optimizer) == settings[optimizer]:
             taken |= {name: value for name, value in settings.items() if name not in given}

@@ -56,7 +56,7 @@ def _keep_in_vector(values: Tensor, count: int) -> Tensor:
     """Mark the `count` largest entries in a bool vector; ties go to the lower index."""
     if count == 0:
         return torch.zeros_like(values, dtype=torch.bool)
-    threshold = _kth_smallest(values, values.numel() - count)
+    threshold = kth_smallest(values, values.numel() - count)
     mask = values >= threshold
     surplus = int(mask.count_nonzero()) - count
     if surplus < 0:
@@ -68,7 +68,7 @@ def _keep_in_vector(values: Tensor, count: int) -> Tensor:
     return mask
 
 
-def _kth_smallest(values: Tensor, index: int) -> Tensor:
+def kth_smallest(values: Tensor, index: int) -> Tensor:
     """Return the entry at an index (from 0) of the sorted vector."""
     if values.device.type != "cpu":
         return values.kthvalue(index + 1).values

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import update_bn
 from ..masking.selection import select_masks
 from ..model.modeling import PromptedSparseModel
 from ..scores.sparsegpt import sparsegpt
+from ..scores.starts import SCORE_STARTS, StartInputs
 from ..scores.table import score_weights
 from .mask_schedules import keep_all
 
@@ -86,6 +87,27 @@ class Select:
                     "would bring weights back as zeros; ask for a higher sparsity or start from an unpruned model."
                 )
             model.apply_masks(selected)
+
+
+@dataclass(frozen=True)
+class StartScores:
+    """Set the scores that will be learned to their start.
+
+    Args:
+        start: name of a start of `vpns_hf.scores.SCORE_STARTS`.
+    """
+
+    start: str
+
+    @torch.no_grad()
+    def __call__(self, start: StageStart) -> None:
+        """Overwrite the scores, attached first where there are none; masks follow when the stage begins."""
+        model = start.model
+        values = SCORE_STARTS[self.start](StartInputs(model, start.calibration, start.loss))
+        if model.config.state == "dense":
+            model.attach_scores()
+        for name, score in model.scores().items():
+            score.copy_(values[name])
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 
+from ..scores.starts import AUTO
 from .mask_schedules import MaskSchedule
 from .preparations import Preparation, Select
 
@@ -20,8 +21,9 @@ class Stage:
     Args:
         name: name in logs and in the folder of the checkpoints.
         roles: trained roles, any of `scores`, `prompt`, `head` (a new head) and `weights`; none: only `before` runs.
-        length: epochs and steps of the arguments that apply: `"warm_up"`, `"search"` or `"tune"`. A warm-up trains
-            a new head and is skipped for a pretrained one.
+        length: epochs and steps of the arguments that apply: `"warm_up"`, `"search"` or `"tune"`; `"teacher"` as
+            `"tune"`, but apart from the steps that the stages share. A warm-up trains a new head and is skipped for a
+            pretrained one.
         before: preparations, run in order before the stage trains.
         masks: schedule of the mask; the state of the model (dense, search, frozen) follows from it.
         turns: roles stepped in turn, one entry per optimizer step; none: all roles at every step.
@@ -37,7 +39,7 @@ class Stage:
 
     name: str
     roles: frozenset[str]
-    length: Literal["warm_up", "search", "tune"]
+    length: Literal["warm_up", "search", "tune", "teacher"]
     before: tuple[Preparation, ...] = ()
     masks: MaskSchedule = MaskSchedule()  # noqa: RUF009  # it has no state
     turns: tuple[frozenset[str], ...] = ()
@@ -80,6 +82,7 @@ class Method:
         uses_prompt: whether the model must have a prompt and is evaluated with it, too.
         backbone: arguments of [`PromptedSparseModel.from_backbone`] that the method needs.
         needs_pruned: whether the model must be pruned already.
+        teacher: teacher that it learns from, unless the arguments name another.
         is_control: whether it isolates a part of another method rather than being one that people use.
     """
 
@@ -88,7 +91,14 @@ class Method:
     uses_prompt: bool = False
     backbone: Mapping[str, Any] = field(default_factory=dict)
     needs_pruned: bool = False
+    teacher: str | None = None
     is_control: bool = False
+
+    @property
+    def finds_score_rate(self) -> bool:
+        """Return whether the learning rate of the scores follows from the run, unless the arguments give a number."""
+        stages = [entry.stage if isinstance(entry, Rounds) else entry for entry in self.stages]
+        return any("scores" in stage.roles and stage.masks.scores.learning_rate == AUTO for stage in stages)
 
     @property
     def needs_data(self) -> bool:
@@ -117,10 +127,10 @@ class RoleSettings:
     Args:
         optim: name of an optimizer of `TrainingArguments.optim`, or `"adam"` (weight decay added to the gradient, as
             in the released code; `"adamw_torch"` decouples it).
-        learning_rate: initial learning rate.
+        learning_rate: initial learning rate; `"auto"`, for scores alone: found when the stage begins.
         lr_scheduler_type: name of its schedule.
     """
 
     optim: str
-    learning_rate: float
+    learning_rate: float | str
     lr_scheduler_type: str

@@ -5,16 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .mask_schedules import (
-    AlternatingCompression,
-    GradualMagnitude,
-    GradualSparsity,
-    LearnedMasks,
-    MaskSchedule,
-    RigL,
-    ScoredMasks,
-    Unmasked,
-)
+from ..scores.starts import AUTO, HYDRA, ScoreSettings
+from .magnitude_schedules import AlternatingCompression, GradualMagnitude, RigL, by_lamp
+from .mask_schedules import GradualSparsity, LearnedMasks, MaskSchedule, ScoredMasks, Unmasked
 from .preparations import Preparation, RecalibrateBatchNorm, Reconstruct, Rewind, Select
 from .stage import Method, RoleSettings, Rounds, Stage
 
@@ -25,9 +18,22 @@ PROMPT = frozenset({"prompt"})
 WARM_UP = Stage("warm_up", frozenset({"head"}), "warm_up", masks=ScoredMasks(), sparsity=0.0)
 SEARCH = Stage("search", SCORES, "search", masks=LearnedMasks())
 TUNE = Stage("tune", WEIGHTS, "tune")
+DENSE = replace(TUNE, masks=Unmasked(), batches="mixed")
 PROMPTED_SEARCH = replace(SEARCH, roles=SCORES | PROMPT, batches="prompted")
 PROMPTED_TUNE = replace(TUNE, roles=WEIGHTS | PROMPT, batches="prompted")
 PROMPT_ALONE = Stage("prompt", PROMPT, "tune", batches="prompted", eval_backbone=True)
+# The sparsity rises from zero, so that scores are learned on a network that still works.
+RISING_SEARCH = replace(
+    SEARCH, masks=LearnedMasks(gradual=GradualSparsity(), scores=ScoreSettings(HYDRA, AUTO, travel=8.0))
+)
+# Scores and weights train together while the sparsity rises, then the weights alone under the mask.
+JOINT = Stage(
+    "joint",
+    SCORES | WEIGHTS,
+    "tune",
+    masks=LearnedMasks(gradual=GradualSparsity(end=0.75), until=0.75, scores=ScoreSettings("lamp", AUTO, travel=4.0)),
+    batches="mixed",
+)
 # The head of a model that is pruned already, on the backbone as it is.
 PRUNED_WARM_UP = replace(WARM_UP, masks=MaskSchedule(), sparsity=None)
 
@@ -40,6 +46,13 @@ def prune_and_tune(*before: Preparation) -> tuple[Stage, ...]:
 def prune_only(*before: Preparation) -> tuple[Stage, ...]:
     """Select a mask once and train nothing but a new head, before it."""
     return WARM_UP, Stage("prune", frozenset(), "tune", before)
+
+
+def with_teacher(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Put a stage that tunes the dense reference, as a teacher, before the others, which start where it started."""
+    count = next(index for index, stage in enumerate(stages) if stage.length != "warm_up")
+    first = replace(stages[count], before=(Rewind(), *stages[count].before))
+    return *stages[:count], replace(DENSE, name="teacher", length="teacher"), first, *stages[count + 1 :]
 
 
 def _vpns(**changes: Any) -> tuple[Stage, ...]:
@@ -56,7 +69,7 @@ MAGNITUDE = Select("magnitude", needs_data=False)
 METHODS: dict[str, Method] = {
     "dense": Method(
         "Reference: all weights are tuned on the batches of VPNs without its prompt, nothing is pruned.",
-        (WARM_UP, replace(TUNE, masks=Unmasked(), batches="mixed")),
+        (WARM_UP, DENSE),
     ),
     # Learned masks
     "vpns": Method(
@@ -67,6 +80,24 @@ METHODS: dict[str, Method] = {
     "hydra": Method(
         "Learn masks alone with the optimizer of VPNs, then tune the weights (arXiv 2002.10509).",
         _hydra(),
+    ),
+    "vpns_gradual": Method(
+        "VPNs with a sparsity that rises from zero during its search.",
+        (WARM_UP, replace(RISING_SEARCH, roles=PROMPTED_SEARCH.roles, batches="prompted"), PROMPTED_TUNE),
+        uses_prompt=True,
+    ),
+    "hydra_gradual": Method(
+        "The loop of vpns_gradual without a prompt.",
+        (WARM_UP, replace(RISING_SEARCH, batches="mixed"), replace(TUNE, batches="mixed")),
+    ),
+    "vpns_joint": Method(
+        "Learn masks, weights and a visual prompt together in one stage, while the sparsity rises from zero.",
+        (WARM_UP, replace(JOINT, roles=JOINT.roles | PROMPT, batches="prompted")),
+        uses_prompt=True,
+    ),
+    "hydra_joint": Method(
+        "The loop of vpns_joint without a prompt.",
+        (WARM_UP, JOINT),
     ),
     "hydra_sgd": Method(
         "HYDRA with the optimizer it was published with: scores by SGD at 0.1 (arXiv 2002.10509).",
@@ -96,6 +127,19 @@ METHODS: dict[str, Method] = {
                 roles=SCORES | WEIGHTS,
                 length="tune",
                 masks=LearnedMasks(scope="layer", signed=True, gradual=GradualSparsity(start=0.1)),
+            ),
+        ),
+    ),
+    "platon": Method(
+        "PLATON: scores bound the importance |weight * gradient| from above while weights train (arXiv 2206.12562).",
+        (
+            WARM_UP,
+            replace(
+                SEARCH,
+                roles=SCORES | WEIGHTS,
+                length="tune",
+                settings={"scores": RoleSettings("platon", 1.0, "constant")},
+                masks=LearnedMasks(signed=True, gradual=GradualSparsity(start=0.1)),
             ),
         ),
     ),
@@ -143,6 +187,15 @@ METHODS: dict[str, Method] = {
         "Gradual magnitude pruning while the weights train, along a cubic curve (arXiv 1710.01878).",
         (WARM_UP, replace(TUNE, masks=GradualMagnitude())),
     ),
+    "gmp_teacher": Method(
+        "Gradual magnitude pruning that learns from the dense reference of the same seed (arXiv 2210.06384).",
+        (WARM_UP, replace(TUNE, masks=GradualMagnitude())),
+        teacher="self",
+    ),
+    "gmp_lamp": Method(
+        "Gradual pruning ranked by layer-adaptive magnitude while the weights train (arXiv 1710.01878, 2010.07611).",
+        (WARM_UP, replace(TUNE, masks=GradualMagnitude(ranking=by_lamp, scope="global"))),
+    ),
     "acdc": Method(
         "AC/DC: dense and compressed phases in turn (arXiv 2106.12379).",
         (WARM_UP, replace(TUNE, masks=AlternatingCompression())),
@@ -160,6 +213,10 @@ METHODS: dict[str, Method] = {
         "One-shot pruning that keeps the gradient flow, weight * Hessian-gradient product, then tuning (arXiv "
         "2002.07376).",
         prune_and_tune(Select("grasp")),
+    ),
+    "woodfisher": Method(
+        "Block-wise empirical Fisher scores, in four rounds, then tuning (WoodFisher, arXiv 2004.14340).",
+        prune_and_tune(Select("woodfisher", rounds=4)),
     ),
     "synflow": Method(
         "Synaptic flow in 100 rounds, without data, then tuning (arXiv 2006.05467).",

@@ -6,11 +6,13 @@ A new score is one function and one entry in [`SCORES`].
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -154,10 +156,11 @@ def lamp(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) ->
 
     arXiv 2010.07611. Within one tensor the ranking equals that of magnitude, ties included.
     """
-    return {name: _lamp(weight.detach()) for name, weight in model.prunable_weights().items()}
+    return {name: lamp_of(weight.detach()) for name, weight in model.prunable_weights().items()}
 
 
-def _lamp(weight: Tensor) -> Tensor:
+def lamp_of(weight: Tensor) -> Tensor:
+    """Compute the LAMP scores of one weight tensor, in float32."""
     squares = weight.double().flatten().square()
     # Of equal weights the earlier one counts as larger, because selection keeps it first.
     ordered, order = squares.sort(descending=True, stable=True)
@@ -188,6 +191,53 @@ def _connection_sensitivity(weights: Mapping[str, Tensor], losses: Iterable[Tens
     """Compute `|theta * gradient|` of the sum of the losses."""
     totals = _summed_gradients(losses, weights)
     return {name: (weight.detach() * totals[name]).abs() for name, weight in weights.items()}
+
+
+def woodfisher(
+    model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], block: int = 32, damping: float = 1e-5
+) -> dict[str, Tensor]:
+    """Score by `weight^2 / (2 [F^-1]_ii)`, the rise of the loss when a weight goes and its neighbours make up for it.
+
+    F is the empirical Fisher matrix of the gradients of single images, within blocks of neighbouring weights of a
+    tensor (WoodFisher, arXiv 2004.14340). Weights are scored, not moved. Memory: `block` numbers a weight.
+
+    Args:
+        model, batches: see [`score_weights`].
+        block: number of weights in a block.
+        damping: addition to the diagonal, in units of the mean of all squared gradients.
+    """
+    weights, images = model.prunable_weights(), 0
+    fishers = {
+        name: weight.new_zeros(math.ceil(weight.numel() / block), block, block) for name, weight in weights.items()
+    }
+    for batch in batches:
+        for index in range(len(batch["pixel_values"])):
+            one = {key: value[index : index + 1] for key, value in batch.items()}
+            for fisher, gradient in zip(
+                fishers.values(), _gradients(_classify(model, one).loss, weights), strict=True
+            ):
+                parts = _in_blocks(gradient, block)
+                fisher.baddbmm_(parts.unsqueeze(2), parts.unsqueeze(1))
+            images += 1
+    total = images * sum(weight.numel() for weight in weights.values())
+    squares = torch.stack([fisher.diagonal(dim1=1, dim2=2).sum() for fisher in fishers.values()]).sum() / total
+    return {
+        name: _saliency(weight.detach(), fishers[name] / images, damping * squares) for name, weight in weights.items()
+    }
+
+
+def _in_blocks(tensor: Tensor, block: int) -> Tensor:
+    """Arrange a tensor as [blocks, block], the last one filled with zeros."""
+    return F.pad(tensor.flatten(), (0, -tensor.numel() % block)).view(-1, block)
+
+
+def _saliency(weight: Tensor, fisher: Tensor, damping: Tensor) -> Tensor:
+    """Compute the scores of one tensor from its blocks [blocks, block, block] of the Fisher matrix."""
+    block = fisher.shape[-1]
+    damped = fisher.double() + damping.double().clamp_min(1e-30) * torch.eye(block, device=fisher.device)
+    inverse = torch.linalg.inv(damped).diagonal(dim1=1, dim2=2)
+    scores = _in_blocks(weight, block).double().square() / (2 * inverse)
+    return scores.flatten()[: weight.numel()].view(weight.shape).float()
 
 
 def grasp(
@@ -278,6 +328,7 @@ SCORES: dict[str, Score] = {
     "lamp": lamp,
     "random": random,
     "snip": snip,
+    "woodfisher": woodfisher,
     "grasp": grasp,
     "synflow": synflow,
     "wanda": wanda,

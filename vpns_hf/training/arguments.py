@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
@@ -13,11 +14,14 @@ from transformers.trainer_utils import HubStrategy
 from ..methods.stage import Method, RoleSettings, Stage
 from ..methods.table import get_method
 from ..metrics import get_metric
-from .optimizers import NOT_IN_TRAINER
+from ..scores.starts import AUTO, SCORE_STARTS, ScoreSettings
+from .optimizers import NOT_IN_TRAINER, PLATON
 from .trainer_arguments import check_arguments
 
 PROMPT_MIXINGS = ("alternate", "always", "never")
 EVAL_PROMPTS = ("without", "with", "both")
+SELF = "self"
+"""Name of the teacher that is the dense reference of the run itself: same seed, steps and batches, nothing pruned."""
 
 
 @dataclass
@@ -64,6 +68,19 @@ class VPNsTrainingArguments(TrainingArguments):
             "lengths of stages."
         },
     )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model whose predictions are learned from: the folder of a run, a folder or Hub id, or self (the "
+            "dense reference of the same seed, tuned first); the method's own when not given."
+        },
+    )
+    teacher_weight: float = field(
+        default=0.5, metadata={"help": "Share of the loss that compares with the teacher, in [0, 1]."}
+    )
+    teacher_temperature: float = field(
+        default=2.0, metadata={"help": "Temperature that softens the predictions of teacher and student."}
+    )
     calibration_images_per_class: int = field(
         default=10, metadata={"help": "Training images of each class that one-shot scores are measured on."}
     )
@@ -77,7 +94,27 @@ class VPNsTrainingArguments(TrainingArguments):
     score_optim: str = field(
         default="adam", metadata={"help": "Optimizer of the scores, and of the prompt during the search."}
     )
-    score_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the scores."})
+    score_learning_rate: float | str | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the scores; auto: from their threshold, sparsity, steps and schedule. The "
+            "method's own when not given: auto where it says so, 1e-4 (the paper's) elsewhere."
+        },
+    )
+    score_travel: float | None = field(
+        default=None,
+        metadata={
+            "help": "Distance that a score can move under score_learning_rate=auto, in multiples of the threshold; "
+            "the method's own when not given."
+        },
+    )
+    score_start: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start of the scores that are learned: hydra (the paper's), lamp, snip or magnitude; the "
+            "method's own when not given."
+        },
+    )
     search_prompt_learning_rate: float = field(
         default=1e-4, metadata={"help": "Learning rate of the prompt during the search."}
     )
@@ -143,6 +180,7 @@ class VPNsTrainingArguments(TrainingArguments):
         if optim in NOT_IN_TRAINER:
             self.optim = optim
         _ = self.pruning_method  # raises if there is none of that name
+        self._check_score_settings()
         _check_choice("prompt_mixing", self.prompt_mixing, PROMPT_MIXINGS)
         _check_choice("eval_prompt", self.eval_prompt, EVAL_PROMPTS)
         for name in self.reported_metrics:
@@ -165,6 +203,12 @@ class VPNsTrainingArguments(TrainingArguments):
                 "`recipes/accelerate_configs/ddp_cpu.yaml`."
             )
         check_arguments(self)
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(f"`teacher_weight` is {self.teacher_weight}; expected a share in [0, 1], such as 0.5.")
+        if not 0 < self.teacher_temperature < math.inf:
+            raise ValueError(
+                f"`teacher_temperature` is {self.teacher_temperature}; expected a number above 0, such as 2."
+            )
         if min(self.mixup_alpha, self.cutmix_alpha) < 0:
             raise ValueError(
                 f"`mixup_alpha` is {self.mixup_alpha} and `cutmix_alpha` {self.cutmix_alpha}; expected at least 0, "
@@ -176,6 +220,30 @@ class VPNsTrainingArguments(TrainingArguments):
             )
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise ValueError(f"`sparsity` is {self.sparsity}; expected a fraction in [0, 1), such as 0.9 for 90 %.")
+
+    def _check_score_settings(self) -> None:
+        if isinstance(self.score_learning_rate, str) and self.score_learning_rate != AUTO:
+            # Flags are strings.
+            try:
+                self.score_learning_rate = float(self.score_learning_rate)
+            except ValueError:
+                raise ValueError(
+                    f"`score_learning_rate` is {self.score_learning_rate!r}; expected a number or {AUTO!r}."
+                ) from None
+        if self.score_optim == PLATON:
+            raise ValueError("`score_optim='platon'` needs scores of its own kind; use `method='platon'`.")
+        rate = self.score_learning_rate
+        if isinstance(rate, (int, float)) and not 0 <= rate < math.inf:
+            raise ValueError(f"`score_learning_rate` is {rate}; expected a number of at least 0, or {AUTO!r}.")
+        if self.score_start is not None:
+            _check_choice("score_start", self.score_start, tuple(SCORE_STARTS))
+        if self.score_travel is not None and not 0 < self.score_travel < math.inf:
+            raise ValueError(f"`score_travel` is {self.score_travel}; expected a number above 0, such as 4.")
+        if self.score_travel is not None and isinstance(rate, (int, float)):
+            raise ValueError(
+                f"`score_travel` is {self.score_travel}, but `score_learning_rate` is the number {rate}; leave one of "
+                f"the two out, or pass `score_learning_rate={AUTO!r}`."
+            )
 
     @property
     def _uses_fsdp(self) -> bool:
@@ -195,11 +263,20 @@ class VPNsTrainingArguments(TrainingArguments):
         """Return the names of the reported metrics: accuracy and those of `metrics`."""
         return list(dict.fromkeys(["accuracy", *(self.metrics or [])]))
 
+    def score_settings(self, stage: Stage) -> ScoreSettings:
+        """Return start and learning rate of the scores of a stage: its own where the arguments give none."""
+        given: dict[str, Any] = {
+            "start": self.score_start,
+            "learning_rate": self.score_learning_rate,
+            "travel": self.score_travel,
+        }
+        return replace(stage.masks.scores, **{name: value for name, value in given.items() if value is not None})
+
     def role_settings(self, role: str, stage: Stage) -> RoleSettings:
-        """Return optimizer, learning rate and schedule of a role in a stage."""
+        """Return optimizer, learning rate and schedule of a role in a stage; scores may have the rate `"auto"`."""
         searching = "scores" in stage.roles and role in ("scores", "prompt")
         learning_rate = {
-            "scores": self.score_learning_rate,
+            "scores": self.score_settings(stage).learning_rate,
             "prompt": self.search_prompt_learning_rate if searching else self.prompt_learning_rate,
             "head": self.learning_rate if self.head_learning_rate is None else self.head_learning_rate,
             "weights": self.learning_rate,
@@ -216,6 +293,8 @@ class VPNsTrainingArguments(TrainingArguments):
             return self.head_warm_up_epochs, -1
         is_search = stage.length == "search"
         epochs = self.search_epochs if is_search else self.num_train_epochs
+        if self.total_max_steps > 0 and stage.length == "teacher":
+            return epochs, self.total_max_steps
         sharing, budget = budgeted_stages(stages), self.total_max_steps
         if budget > 0 and stage in sharing:
             index, count = sharing.index(stage), len(sharing)
@@ -225,7 +304,7 @@ class VPNsTrainingArguments(TrainingArguments):
 
 def budgeted_stages(stages: Sequence[Stage]) -> list[Stage]:
     """Return the stages that share `total_max_steps`."""
-    return [stage for stage in stages if stage.length != "warm_up" and stage.roles]
+    return [stage for stage in stages if stage.length in ("search", "tune") and stage.roles]
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from ..methods.stage import Method, Stage
+from ..methods.stage import Method, Rounds, Stage
 from ..model.modeling import PromptedSparseModel
-from .arguments import VPNsTrainingArguments, budgeted_stages
+from ..scores.starts import AUTO
+from .arguments import SELF, VPNsTrainingArguments, budgeted_stages
 
 
 def check_model(model: Any, args: VPNsTrainingArguments, method: Method) -> None:
@@ -52,6 +53,33 @@ def check_state(stage: Stage, model: PromptedSparseModel, args: VPNsTrainingArgu
         )
 
 
+def check_teacher(
+    teacher: str, method: Method, args: VPNsTrainingArguments, model: PromptedSparseModel, loss_func: Any
+) -> None:
+    """Raise unless the method can learn from the teacher, and can tune one first where that is asked for."""
+    stages = [entry.stage if isinstance(entry, Rounds) else entry for entry in method.stages]
+    if not any(stage.roles for stage in stages if stage.length != "warm_up"):
+        raise ValueError(
+            f"`teacher` is {teacher!r}, but `method={args.method!r}` trains nothing that could learn from it; leave "
+            "it out."
+        )
+    if loss_func is not None:
+        raise ValueError(
+            f"`teacher` is {teacher!r}, but a `compute_loss_func` replaces the loss that it is mixed with; leave one "
+            "of the two out."
+        )
+    if teacher == SELF and method.needs_pruned:
+        raise ValueError(
+            f"`teacher='self'` tunes the dense model first, and `method={args.method!r}` starts from a pruned one; "
+            "pass the folder of a run or a Hub id."
+        )
+    if teacher == SELF and model.config.label_mapping == "iterative":
+        raise ValueError(
+            "`teacher='self'` fixes the label mapping before the search, and `label_mapping='iterative'` finds it "
+            "again during it; pass the folder of a run or a Hub id."
+        )
+
+
 def check_data(*datasets: Any) -> None:
     """Raise unless every data set can be drawn by index."""
     if any(isinstance(dataset, IterableDataset) for dataset in datasets):
@@ -68,10 +96,27 @@ def check_stages(stages: Sequence[Stage], args: VPNsTrainingArguments) -> None:
         raise ValueError(f"`method={args.method!r}` does not work with fp16; use bf16 or float32.")
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 needs a GPU, and this run is on the CPU; use bf16 or float32.")
+    for stage in stages:
+        if "scores" in stage.roles:
+            _check_scores(stage, args)
     if 0 < args.total_max_steps < (count := len(budgeted_stages(stages))):
         raise ValueError(
             f"`total_max_steps` is {args.total_max_steps}, but `method={args.method!r}` has {count} stages that train "
             "at this sparsity; give it at least one step for each."
+        )
+
+
+def _check_scores(stage: Stage, args: VPNsTrainingArguments) -> None:
+    settings = args.role_settings("scores", stage)
+    if stage.masks.signed and (args.score_start is not None or settings.learning_rate == AUTO):
+        raise ValueError(
+            f"`method={args.method!r}` starts its scores at zero, so it takes no `score_start`, and no "
+            "`score_learning_rate='auto'` follows from them; pass a number, such as 0.01."
+        )
+    if settings.learning_rate == AUTO and "adam" not in settings.optim:
+        raise ValueError(
+            "`score_learning_rate='auto'` needs steps of about the learning rate, as those of Adam are, and "
+            f"`score_optim` is {settings.optim!r}; pass a number, or `score_optim='adam'`."
         )
 
 

@@ -23,6 +23,7 @@ class Cost:
         forward_images, backward_images: images that went forward and backward through the backbone to train or score.
         seconds: time of the training steps and the preparations.
         trained_weights: parameters that were trained, pruned ones not counted.
+        teacher_images: images that went forward through a teacher.
     """
 
     images: int = 0
@@ -30,6 +31,7 @@ class Cost:
     backward_images: int = 0
     seconds: float = 0.0
     trained_weights: int = 0
+    teacher_images: int = 0
 
 
 @dataclass(eq=False)
@@ -38,20 +40,23 @@ class Counters(TrainerCallback, ExportableState):
 
     Args:
         flips: mask entries that changed since the last log.
-        images, forward_images, backward_images, seconds: as in [`Cost`].
+        images, forward_images, backward_images, teacher_images, seconds: as in [`Cost`].
         logged_step: the step of the last log.
         logged_loss: sum of the losses up to that step.
         loss: sum of the losses after it.
+        score_learning_rate: learning rate of the scores that was found when the stage began; 0 where none was.
     """
 
     flips: int = 0
     images: int = 0
     forward_images: int = 0
     backward_images: int = 0
+    teacher_images: int = 0
     seconds: float = 0.0
     logged_step: int = 0
     logged_loss: float = 0.0
     loss: float = 0.0
+    score_learning_rate: float = 0.0
 
     def __post_init__(self) -> None:
         self._started = 0.0
@@ -76,7 +81,14 @@ class Counters(TrainerCallback, ExportableState):
 
     def cost(self, trained_weights: int) -> Cost:
         """Return the cost of the stage."""
-        return Cost(self.images, self.forward_images, self.backward_images, self.seconds, trained_weights)
+        return Cost(
+            self.images,
+            self.forward_images,
+            self.backward_images,
+            self.seconds,
+            trained_weights,
+            self.teacher_images,
+        )
 
     def count_batch(self, images: int) -> None:
         """Count images that training takes forward and backward."""

@@ -15,8 +15,43 @@ from transformers.training_args import OptimizerNames
 from ..masking import sharding
 from ..methods.stage import RoleSettings
 
+
+class Platon(torch.optim.Optimizer):
+    """Set scores to PLATON's upper confidence bound of their importance (arXiv 2206.12562).
+
+    The importance of a weight in a step is `I = |weight * gradient|`, the absolute gradient of its score. With moving
+    averages `M` of `I` and `U` of `|I - M|`, the score is `M * U`.
+
+    Args:
+        params: scores that are ranked with their sign, which start at zero.
+        lr: unused; schedules ask for it.
+        betas: factors of the averages of importance and of its uncertainty, in [0, 1).
+    """
+
+    def __init__(self, params: Any, lr: float = 1.0, betas: tuple[float, float] = (0.85, 0.975)):
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Add the importance of this step to the averages."""
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for score in group["params"]:
+                if score.grad is None:
+                    continue
+                state = self.state[score]
+                if not state:
+                    state |= {"importance": torch.zeros_like(score), "uncertainty": torch.zeros_like(score)}
+                now = score.grad.abs()
+                importance = state["importance"].lerp_(now, 1 - first)
+                uncertainty = state["uncertainty"].lerp_((now - importance).abs(), 1 - second)
+                torch.mul(importance, uncertainty, out=score)
+
+
 NOT_IN_TRAINER: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam}
 """Optimizers that `TrainingArguments.optim` does not know."""
+PLATON = "platon"
+"""Name of [`Platon`] in the settings of a stage."""
 
 
 def build_optimizer(
@@ -32,16 +67,17 @@ def build_optimizer(
     Raises:
         ValueError: an unknown optimizer.
     """
+    learning_rate = float(settings.learning_rate)
+    if settings.optim == PLATON:
+        return Platon(parameters, lr=learning_rate)
     if settings.optim in NOT_IN_TRAINER:
         betas = (args.adam_beta1, args.adam_beta2)
-        return NOT_IN_TRAINER[settings.optim](
-            parameters, lr=settings.learning_rate, betas=betas, eps=args.adam_epsilon
-        )  # type: ignore[call-arg]
+        return NOT_IN_TRAINER[settings.optim](parameters, lr=learning_rate, betas=betas, eps=args.adam_epsilon)  # type: ignore[call-arg]
     known = [*NOT_IN_TRAINER, *(name.value for name in OptimizerNames)]
     if settings.optim not in known:
         raise ValueError(f"The optimizer {settings.optim!r} is unknown; expected one of {', '.join(known)}.")
     role_args = copy.copy(args)
-    role_args.optim, role_args.learning_rate = OptimizerNames(settings.optim), settings.learning_rate
+    role_args.optim, role_args.learning_rate = OptimizerNames(settings.optim), learning_rate
     optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(role_args)
     if optimizer_class is torch.optim.SGD:
         kwargs = {"momentum": momentum} | kwargs

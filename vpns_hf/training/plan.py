@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..data.batches import RoleBatchSampler
 from ..methods.mask_schedules import StageProgress
-from ..methods.stage import Stage
+from ..methods.preparations import Preparation, StartScores
+from ..methods.stage import RoleSettings, Stage
+from ..scores.starts import AUTO, HYDRA
 from .arguments import VPNsTrainingArguments
-from .run_record import stage_folder
+from .optimizers import learning_rate_factor
+from .run_record import FinishedStage, stage_folder
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,27 @@ class StageSettings:
     Args:
         name: name of the stage.
         steps: optimizer steps.
-        roles: optimizer and learning rate of each trained role.
+        roles: optimizer and learning rate of each trained role; `"auto"` where it is found when the stage begins.
     """
 
     name: str
     steps: int
-    roles: dict[str, tuple[str, float]]
+    roles: dict[str, tuple[str, float | str]]
 
     def row(self) -> tuple[str, str, str]:
         """Return the stage as a row of a table: name, trained roles, steps."""
-        trained = ", ".join(f"{role}: {optim} at {rate:g}" for role, (optim, rate) in sorted(self.roles.items()))
+        trained = ", ".join(
+            f"{role}: {optim} at {rate if isinstance(rate, str) else format(rate, 'g')}"
+            for role, (optim, rate) in sorted(self.roles.items())
+        )
         return self.name.replace("_", " "), trained or "nothing", f"{self.steps:,}"
+
+    def as_finished(self, stage: FinishedStage) -> StageSettings:
+        """Return the settings with the steps and the learning rate of the scores that the stage ended with."""
+        roles = dict(self.roles)
+        if stage.score_learning_rate:
+            roles["scores"] = (roles["scores"][0], stage.score_learning_rate)
+        return replace(self, steps=stage.steps, roles=roles)
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,28 @@ class StagePlan:
     def sampler(self, rows: int) -> RoleBatchSampler:
         """Return the sampler of the training batches for a data set of that many rows."""
         return _sampler(self.stage, self.index, self.batches, self.args, rows)
+
+    @property
+    def preparations(self) -> tuple[Preparation, ...]:
+        """Preparations of the stage, with the start of its scores unless a wrapped model has it."""
+        start = self.args.score_settings(self.stage).start
+        if "scores" not in self.stage.roles or start == HYDRA:
+            return self.stage.before
+        return *self.stage.before, StartScores(start)
+
+    def role_settings(self, role: str, score_rate: float) -> RoleSettings:
+        """Return the optimizer settings of a role, with `score_rate` in place of `"auto"`."""
+        settings = self.args.role_settings(role, self.stage)
+        return replace(settings, learning_rate=score_rate) if settings.learning_rate == AUTO else settings
+
+    def learning_rate_factor(self, role: str, steps: int) -> Callable[[int], float]:
+        """Return the factor of a role's learning rate as a function of the optimizer step, out of `steps`."""
+        return learning_rate_factor(
+            self.args.role_settings(role, self.stage).lr_scheduler_type,
+            self.args.get_warmup_steps(steps),
+            steps,
+            **(self.args.lr_scheduler_kwargs or {}),
+        )
 
     def settings(self, present: Collection[str]) -> StageSettings:
         """Return length and optimizers for a model that has parameters of the roles `present`."""

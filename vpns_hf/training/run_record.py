@@ -37,12 +37,14 @@ class FinishedStage:
         steps: optimizer steps.
         metrics: numbers of the evaluation after the stage; empty without one.
         cost: cost of the stage.
+        score_learning_rate: as in [`Counters`].
     """
 
     name: str
     steps: int
     metrics: dict[str, float]
     cost: Cost = field(default_factory=Cost)
+    score_learning_rate: float = 0.0
 
     def summary(self, density: float) -> str:
         """Return steps, density and accuracies in one line."""
@@ -82,6 +84,12 @@ class RunRecord:
         check_settings(folder, content["settings"], settings)
         finished = [FinishedStage(**stage | {"cost": Cost(**stage["cost"])}) for stage in content["finished"]]
         return cls(folder, settings, finished)
+
+    @classmethod
+    def last_finished_folder(cls, folder: Path) -> Path | None:
+        """Return the folder of the last finished stage of a run; None where there is none."""
+        record = cls.load(folder, {})
+        return record.finished_folder(record.finished[-1].name) if record.finished else None
 
     def save(self) -> None:
         """Write the record.

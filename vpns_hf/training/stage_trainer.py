@@ -31,9 +31,10 @@ from .checkpoints import UNFINISHED_CHECKPOINT, publish_checkpoint, writing
 from .counters import Counters
 from .interruption import ignore_signals
 from .losses import mix_images, smoothed_loss
-from .optimizers import OptimizerByRole, build_optimizer, learning_rate_factor, weight_groups
+from .optimizers import OptimizerByRole, build_optimizer, weight_groups
 from .plan import StagePlan
 from .reporting import loggable
+from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class StageTrainer(Trainer):
     Attributes:
         plan: plan of the present stage.
         evaluates_prompt: whether the method evaluates with the prompt, too.
+        teacher: teacher of the present stage; None: it learns from the labels alone.
         prompted_train_dataset: the rows of `train_dataset` as prompted batches show them.
     """
 
@@ -57,6 +59,7 @@ class StageTrainer(Trainer):
     model_wrapped: Any
     state: TrainerState
     plan: StagePlan
+    teacher: Teacher | None = None
     evaluates_prompt: bool
     prompted_train_dataset: Any
     _evaluates_prompted = False
@@ -155,9 +158,8 @@ class StageTrainer(Trainer):
                 # Scores and prompt are single tensors without norms or biases: all of them decay.
                 in_decay = decayed if role in ("weights", "head") else set(parameters)
                 groups = weight_groups(parameters, in_decay, self.args.weight_decay)
-                parts[role] = build_optimizer(
-                    groups, self.args.role_settings(role, self.plan.stage), self.args, self.args.momentum
-                )
+                settings = self.plan.role_settings(role, self.counters.score_learning_rate)
+                parts[role] = build_optimizer(groups, settings, self.args, self.args.momentum)
             self._optimizer_by_role = self.optimizer = OptimizerByRole(parts, self.plan.stage.turns)
         return self.optimizer
 
@@ -165,15 +167,8 @@ class StageTrainer(Trainer):
         """Create one schedule per role, all functions of the optimizer step."""
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
-            factors = [
-                learning_rate_factor(
-                    self.args.role_settings(group["role"], self.plan.stage).lr_scheduler_type,
-                    self.args.get_warmup_steps(num_training_steps),
-                    num_training_steps,
-                    **(self.args.lr_scheduler_kwargs or {}),
-                )
-                for group in optimizer.param_groups
-            ]
+            roles = [group["role"] for group in optimizer.param_groups]
+            factors = [self.plan.learning_rate_factor(role, num_training_steps) for role in roles]
             self.lr_scheduler = LambdaLR(optimizer, factors)
         return self.lr_scheduler
 
@@ -205,9 +200,14 @@ class StageTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss of a batch: `compute_loss_func`, else the smoothed loss, else the model's own."""
+        """Compute the loss of a batch: `compute_loss_func`, smoothed or the model's own, with the teacher's."""
         known = {name: value for name, value in inputs.items() if name in self._forward_arguments}
-        return super().compute_loss(model, known, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, known, True, num_items_in_batch)
+        if self.teacher is not None and model.training:
+            self.counters.teacher_images += len(known["pixel_values"]) * self.args.world_size
+            with self.accelerator.autocast():
+                loss = self.teacher.mixed_loss(loss, outputs.logits, known["pixel_values"])
+        return (loss, outputs) if return_outputs else loss
 
     def _mixed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # A function of the images seen, so that a resumed run mixes the same ones.
@@ -228,6 +228,8 @@ class StageTrainer(Trainer):
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         if "loss" in logs:
             logs["sparsity"] = self.model.sparsity
+            if self.counters.score_learning_rate:
+                logs["score_learning_rate"] = self.counters.score_learning_rate
             if self.plan.stage.masks.moves:
                 logs["mask_flips"] = self.counters.take_flips()
             if self.model.prompt is not None and "prompt" in self.plan.stage.roles:

@@ -11,7 +11,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,9 @@ from .reporting import numbers
 from .restoring import replace_model, save_first_state, save_stage
 from .run_record import FIRST_STATE_NAME, MODEL_FOLDER, FinishedStage, RunRecord
 from .run_settings import run_settings
+from .score_rates import settle_score_rate
 from .stage_trainer import StageTrainer
+from .teacher import Teaching
 from .trainer_arguments import check_objects
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,8 @@ class VPNsTrainer(StageTrainer):
         self.label_mapper = LabelMapper(self, self.prompted_train_dataset)
         self.sparsity = model.config.sparsity if args.sparsity is None else args.sparsity
         self.scope = model.config.scope
-        self.stages = self.method.stages_for(model.config.new_head, self.sparsity)
+        self.teaching = Teaching(args, self.method, model, kwargs.get("compute_loss_func"))
+        self.stages = self.teaching.stages(self.method.stages_for(model.config.new_head, self.sparsity))
         check_stages(self.stages, args)
         self.evaluates_prompt = self.method.uses_prompt
         self.publisher = Publisher(args)
@@ -191,7 +193,8 @@ class VPNsTrainer(StageTrainer):
                 self.label_mapper.refresh(final=True)
                 self.model.freeze_masks()
             evaluation = numbers(self._evaluate_stage())
-            record.finished.append(FinishedStage(plan.name, self.state.global_step, evaluation, cost))
+            steps, rate = self.state.global_step, self.counters.score_learning_rate
+            record.finished.append(FinishedStage(plan.name, steps, evaluation, cost, rate))
             if self.args.should_save:
                 save_stage(self.model, self.state, plan)
                 record.save()
@@ -244,6 +247,9 @@ class VPNsTrainer(StageTrainer):
             self._prepare(record)
         check_state(stage, self.model, self.args)
         stage.masks.begin(self.model, self.plan.sparsity)
+        if checkpoint is None and "scores" in stage.roles:
+            self.counters.score_learning_rate = settle_score_rate(self.model, self.plan)
+        self.teacher = self.teaching.teacher_of(stage, self.load_stage)
         self.model.eval_backbone = stage.eval_backbone
         self.model.train_only(*stage.roles)
         self.model_wrapped = self.model
@@ -269,7 +275,7 @@ class VPNsTrainer(StageTrainer):
             scoring_loss(self.compute_loss_func),
         )
         with self.counters.measuring(self.model):
-            for prepare in self.plan.stage.before:
+            for prepare in self.plan.preparations:
                 prepare(start)
 
     def calibration_batches(self) -> list[dict[str, Tensor]]:
@@ -306,7 +312,7 @@ class VPNsTrainer(StageTrainer):
     def stage_settings(self) -> list[StageSettings]:
         """Return length and optimizers of the finished stages, for the model card."""
         planned = {settings.name: settings for settings in self.planned_stages()}
-        return [replace(planned[finished.name], steps=finished.steps) for finished in self.finished_stages]
+        return [planned[finished.name].as_finished(finished) for finished in self.finished_stages]
 
     def planned_stages(self) -> list[StageSettings]:
         """Return length and optimizers of all stages, before any of them has run."""
