@@ -222,7 +222,8 @@ def test_inspect_lets_no_file_steer_the_terminal(folder, capsys):
     assert "x" * 301 not in capsys.readouterr().out.replace("\n", "").replace(" ", "")
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "\x1b[2J"}
     (folder / "config.json").write_text(json.dumps(config))
-    assert main(["inspect", str(folder)]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["inspect", str(folder)])
     assert "\x1b" not in capsys.readouterr().err
 
 
