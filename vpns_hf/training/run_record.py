@@ -72,24 +72,27 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: Path, settings: dict[str, Any]) -> RunRecord:
-        """Read the record, or make an empty one where there is none.
-
-        Raises:
-            ValueError: the folder holds a run of other settings.
-        """
+        """Read the record of a folder, or create an empty one for a run with these settings."""
         path = folder / STAGES_NAME
         if not path.is_file():
             return cls(folder, settings, [])
         content = json.loads(path.read_text(encoding="utf-8"))
-        check_settings(folder, content["settings"], settings)
         finished = [FinishedStage(**stage | {"cost": Cost(**stage["cost"])}) for stage in content["finished"]]
-        return cls(folder, settings, finished)
+        return cls(folder, content["settings"], finished)
 
     @classmethod
     def last_finished_folder(cls, folder: Path) -> Path | None:
         """Return the folder of the last finished stage of a run; None where there is none."""
         record = cls.load(folder, {})
         return record.finished_folder(record.finished[-1].name) if record.finished else None
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Refuse to resume the run under other settings.
+
+        Raises:
+            ValueError: names the settings that differ.
+        """
+        check_settings(self.folder, self.settings, settings)
 
     def save(self) -> None:
         """Write the record.
