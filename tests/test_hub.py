@@ -573,10 +573,11 @@ def test_share_it_as_the_readme_says(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, mine = pruned(), pruned(seed=1)
     model.save_pretrained("vpns-demo")
-    for name in ("recipe.yaml", "sparsity_report.json", "figures/prompt.png", "checkpoint-1/optimizer.pt", "a.bin"):
+    files = {"recipe.yaml": b"seed: 1", "sparsity_report.json": b"{}", "figures/prompt.png": b"\x89PNG\r\n\x1a\n"}
+    for name, content in (files | {"checkpoint-1/optimizer.pt": b"x", "a.bin": b"x"}).items():
         path = tmp_path / "vpns-demo" / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"x")
+        path.write_bytes(content)
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     section = readme.partition("## Share it")[2].partition("\n## ")[0]
     push, load, push_all = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
