@@ -277,3 +277,11 @@ def test_attentions_and_hidden_states():
 def test_attentions_that_the_backbone_does_not_return_are_refused(family):
     with pytest.raises((ValueError, TypeError), match="attentions"):
         tiny_model(family)(IMAGES, output_attentions=True)
+
+
+def test_pointers_of_git_lfs_are_named(tmp_path):
+    tiny_backbone("vit").save_pretrained(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 12345\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises((ValueError, OSError), match="git lfs pull"):
+        wrap(str(tmp_path))

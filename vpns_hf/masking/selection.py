@@ -97,16 +97,20 @@ def select(scores: Mapping[str, Tensor], sparsity: float, scope: str, magnitude:
         raise ValueError("No scores were given, so there is nothing to select.")
     if scope not in SCOPES:
         raise ValueError(f"`scope` is {scope!r}; expected one of {', '.join(SCOPES)}.")
-    if sharding.is_sharded(scores.values()) or scope == "row":
-        ranked = {name: score.abs() if magnitude else score for name, score in scores.items()}
-        if sharding.is_sharded(scores.values()):
-            return _select_sharded_masks(ranked, sparsity, scope)
+    if sharding.is_sharded(scores.values()):
+        return _select_sharded_masks(_ranked(scores, magnitude), sparsity, scope)
+    if scope == "row":
+        ranked = _ranked(scores, magnitude)
         return {name: _keep_largest_in_rows(score, sparsity) for name, score in ranked.items()}
     if scope == "global":
         count = kept_count(sum(score.numel() for score in scores.values()), sparsity)
         return dict(zip(scores, top_k_mask(list(scores.values()), count, magnitude), strict=True))
     counts = _COUNTS[scope]({name: score.shape for name, score in scores.items()}, sparsity)
     return {name: top_k_mask([score], counts[name], magnitude)[0] for name, score in scores.items()}
+
+
+def _ranked(scores: Mapping[str, Tensor], magnitude: bool) -> Mapping[str, Tensor]:
+    return {name: score.abs() for name, score in scores.items()} if magnitude else scores
 
 
 def _select_sharded_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str) -> dict[str, Tensor]:

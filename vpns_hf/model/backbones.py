@@ -21,8 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..hub import hub_kwargs
+from ..hub import find_file, hub_kwargs
 from ..pixels import PixelMap, measure_pixels
+from . import packed_shards
 from .checks import check_handed_over
 from .configuration import PromptedSparseConfig
 from .labels import labels_of, set_labels
@@ -88,6 +89,8 @@ def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[s
             f"{name} is a {config.model_type!r} model, and transformers has no image classifier of that type; pass "
             "the id of an image classification model."
         )
+    # Refuses files that only point to weights in Git LFS.
+    packed_shards.find_packed_files(name, lambda file: find_file(name, file, kwargs), kwargs.get("variant"))
     settings = {"dtype": torch.float32, "trust_remote_code": False} | kwargs
     if isinstance(config, transformers.TimmWrapperConfig) and config.model_args:
         settings |= {"config": without_repeated_arguments(config, name)}
