@@ -114,7 +114,11 @@ def test_weights_that_are_not_zero_where_they_are_pruned_are_refused(folder, val
     PromptedSparseModel.from_pretrained(folder)
     weight[position] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    refused("classifier.weight of this model is not zero in 1 entries", PromptedSparseModel.from_pretrained, folder)
+    refused(
+        "1 weights of classifier.weight are not zero although the mask prunes them",
+        PromptedSparseModel.from_pretrained,
+        folder,
+    )
 
 
 def test_a_damaged_unpacked_file_is_one_sentence(folder):
