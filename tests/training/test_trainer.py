@@ -118,7 +118,7 @@ def test_a_second_run_does_not_overwrite_the_first(tmp_path):
     make_trainer(tmp_path, fresh(), max_steps=1, save_strategy="no").train()
     with pytest.raises(ValueError, match="holds an earlier run"):
         make_trainer(tmp_path, fresh()).train()
-    with pytest.raises(ValueError, match="run of method 'vpns'"):
+    with pytest.raises(ValueError, match="method 'vpns' instead of 'hydra'"):
         make_trainer(tmp_path, fresh(), method="hydra").train(resume_from_checkpoint=True)
 
 

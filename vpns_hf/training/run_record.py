@@ -86,13 +86,20 @@ class RunRecord:
         record = cls.load(folder, {})
         return record.finished_folder(record.finished[-1].name) if record.finished else None
 
-    def check(self, settings: dict[str, Any]) -> None:
-        """Refuse to resume the run under other settings.
+    def check(self, settings: dict[str, Any], started: bool) -> None:
+        """Refuse to resume the run under other settings; one that has saved nothing takes the new ones.
+
+        Args:
+            settings: settings of the resumed run.
+            started: whether there is a checkpoint to resume from.
 
         Raises:
             ValueError: names the settings that differ.
         """
-        check_settings(self.folder, self.settings, settings)
+        if self.finished or started:
+            check_settings(self.folder, self.settings, settings)
+        else:
+            self.settings = settings
 
     def save(self) -> None:
         """Write the record.

@@ -68,8 +68,8 @@ class StageTrainer(Trainer):
         super().__init__(callbacks=[_RestoredLosses(self), Counters(), *callbacks], **kwargs)
         if type(self)._get_train_sampler is not Trainer._get_train_sampler:
             raise ValueError(
-                "`_get_train_sampler` is overridden, but VPNsTrainer draws batches that are prompted or plain by a "
-                "sampler of its own; select or repeat rows of the data set instead, as `dataset.select(indices)` does."
+                "`_get_train_sampler` is overridden, but VPNsTrainer draws prompted and plain batches by a sampler of its "
+                "own; select or repeat rows of the data set instead, as `dataset.select(indices)` does."
             )
         self._forward_arguments = set(inspect.signature(type(self.model).forward).parameters)
         if self.compute_loss_func is not None:
@@ -128,8 +128,8 @@ class StageTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("Training needs a `train_dataset`.")
         sampler = self.plan.sampler(len(self.train_dataset))
-        is_augmented = self.plan.batches == "prompted_augmented"
-        prompted = self.train_dataset if is_augmented else self.prompted_train_dataset
+        augments = self.plan.batches == "prompted_augmented"
+        prompted = self.train_dataset if augments else self.prompted_train_dataset
         dataset = RoleDataset(self.train_dataset, prompted, sampler)
         loader = DataLoader(
             dataset,
@@ -236,8 +236,7 @@ class StageTrainer(Trainer):
                 logs["prompt_max"] = max(
                     float(sharding.whole(p.detach()).abs().max()) for p in self.model.prompt.parameters()
                 )
-        # In place, because callers read what is added here.
-        logs.update(loggable(logs))
+        logs.update(loggable(logs))  # in place, because callers read it
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -261,6 +260,8 @@ class StageTrainer(Trainer):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+            # Depends on what was trained before in this process, and resumed runs must not.
+            output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
             if self.args.world_size > 1:
                 self._correct_loss(output, metric_key_prefix)
             suffix = "_prompted" if use_prompt else ""

@@ -147,8 +147,8 @@ class VPNsTrainer(StageTrainer):
             OSError: something could not be written, as on a full disk.
         """
         plans, record = self.plan_stages(), self._record()
-        record.check(self._settings)
         checkpoint = record.find_checkpoint([plan.name for plan in plans], resume_from_checkpoint)
+        record.check(self._settings, started=checkpoint is not None)
         if len(record.finished) == len(plans):
             logger.warning("Every stage of the run in %s has ended, so nothing is trained.", record.folder)
         if record.finished:
