@@ -68,8 +68,8 @@ class StageTrainer(Trainer):
         super().__init__(callbacks=[_RestoredLosses(self), Counters(), *callbacks], **kwargs)
         if type(self)._get_train_sampler is not Trainer._get_train_sampler:
             raise ValueError(
-                "`_get_train_sampler` is overridden, but VPNsTrainer draws prompted and plain batches by a sampler of its "
-                "own; select or repeat rows of the data set instead, as `dataset.select(indices)` does."
+                "`_get_train_sampler` is overridden, but VPNsTrainer draws batches of one role by a sampler of its own; "
+                "select or repeat rows of the data set instead, as `dataset.select(indices)` does."
             )
         self._forward_arguments = set(inspect.signature(type(self.model).forward).parameters)
         if self.compute_loss_func is not None:
