@@ -68,7 +68,7 @@ class StageTrainer(Trainer):
         super().__init__(callbacks=[_RestoredLosses(self), Counters(), *callbacks], **kwargs)
         if type(self)._get_train_sampler is not Trainer._get_train_sampler:
             raise ValueError(
-                "`_get_train_sampler` is overridden, but VPNsTrainer draws batches of one role by a sampler of its own; "
+                "`_get_train_sampler` is overridden, but VPNsTrainer draws batches of one role by its own sampler; "
                 "select or repeat rows of the data set instead, as `dataset.select(indices)` does."
             )
         self._forward_arguments = set(inspect.signature(type(self.model).forward).parameters)
