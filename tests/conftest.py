@@ -25,6 +25,15 @@ from transformers import ViTImageProcessor, set_seed
 
 from vpns_hf.methods import METHODS
 
+ENVIRONMENT = os.environ
+
+
+@pytest.fixture(autouse=True)
+def _same_environment():
+    """`Dataset.map(num_proc=...)` puts a copy in the place of `os.environ`, which libraries hold already."""
+    yield
+    os.environ = ENVIRONMENT  # noqa: B003
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
