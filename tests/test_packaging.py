@@ -56,12 +56,12 @@ def test_the_wheel_works_in_a_fresh_environment(wheel, task):
     folder.mkdir()
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv/bin/python"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     install = [python, "-m", "pip", "install", "--no-deps", "--no-index", wheel]
-    subprocess.run(install, check=True, capture_output=True)
+    subprocess.run(install, check=True, capture_output=True, env=environment)
     site = next((folder / "venv").glob("lib/python*/site-packages"))
     # The dependencies are those of this interpreter, so that nothing is downloaded; the package is that of the wheel.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def run(*command):
         command = [python.with_name(command[0]), *command[1:]]
