@@ -1,4 +1,4 @@
-"""What an import loads, looked up in fresh interpreters."""
+"""Modules that an import loads, listed in fresh interpreters."""
 
 import json
 import subprocess

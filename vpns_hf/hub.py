@@ -119,7 +119,7 @@ def push_folder(
 
 
 def published_files(folder: str | os.PathLike[str]) -> list[str]:
-    """What a push takes from a folder: the paths, relative to it, of the files of `PUBLISHED_FILES` that it holds."""
+    """List the files of `PUBLISHED_FILES` in a folder, relative to it: those that a push uploads."""
     names = {path.relative_to(folder).as_posix() for pattern in PUBLISHED_FILES for path in Path(folder).glob(pattern)}
     return sorted(name for name in names if (Path(folder) / name).is_file())
 
@@ -156,7 +156,7 @@ def _branch(api: HfApi, repo_id: str, revision: str | None) -> Iterator[None]:
 
 
 def short_card(title: str, tags: Sequence[str], metadata: Mapping[str, Any], **facts: Any) -> ModelCard:
-    """A card that says what a model is and how to load it, from `card_templates/short.md`.
+    """Create a card that says what a model is and how to load it, from `card_templates/short.md`.
 
     Args:
         title: heading of the card, and where its code loads the model from.
@@ -178,7 +178,7 @@ def short_card(title: str, tags: Sequence[str], metadata: Mapping[str, Any], **f
 
 
 def merge_cards(old: ModelCard, new: ModelCard) -> ModelCard:
-    """The old card with the generated part and the metadata of the new one.
+    """Merge the old card with the generated part and the metadata of the new one.
 
     What people wrote around the generated part stays, and so do metadata that the new card does not give. A card
     without a generated part keeps its whole text, and that of the new card follows.
@@ -214,7 +214,7 @@ def hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_file(name: str, file: str, kwargs: Mapping[str, Any]) -> str | None:
-    """The local path of a file of a model, downloaded if needed; None where the model has no such file."""
+    """Return the local path of a file of a model, downloaded if needed; None where the model has no such file."""
     try:
         return cached_file(name, file, **hub_kwargs(kwargs))
     except OSError as error:
@@ -225,7 +225,7 @@ def find_file(name: str, file: str, kwargs: Mapping[str, Any]) -> str | None:
 
 
 def pinned_revision(name: str, kwargs: Mapping[str, Any]) -> str | None:
-    """The revision that `from_pretrained` was asked for, pinned to a commit, so that all files are of the same one.
+    """Pin the revision that `from_pretrained` was asked for to a commit, so that all files are of the same one.
 
     Args:
         name: Hub id or folder.

@@ -250,7 +250,7 @@ class TestEvaluation:
 
 
 class TestSameRows:
-    """What `datasets` reads right is read the same, row by row."""
+    """Folders that `datasets` reads right give the same rows."""
 
     @pytest.mark.parametrize("with_splits", [False, True])
     def test_as_imagefolder(self, tmp_path, with_splits):

@@ -77,7 +77,7 @@ def seed_folders(root: Path) -> dict[str, tuple[Path, list[torch.Tensor]]]:
 
 @torch.no_grad()
 def outputs(model: PromptedSparseModel) -> list[torch.Tensor]:
-    """What tells one model from another: logits with and without the prompt, masks and pixels."""
+    """Fingerprint of a model: logits with and without the prompt, masks and pixels."""
     images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
     found = [model.eval()(images).logits, *model.masks().values()]
     if model.prompt is not None:
@@ -155,7 +155,7 @@ def status(field: str) -> int:
 
 
 def run(root: Path, first: int, count: int, log: Path | None = None) -> dict[str, Counter]:
-    """What became of mutants `first` to `first + count - 1`, by what was done with them.
+    """Count the outcomes of mutants `first` to `first + count - 1`, by what was done with them.
 
     `clear sentence` (raised by the package, one line), `foreign sentence` (a ValueError or OSError of another
     library), `traceback` (any other exception), `same`, `different`, `too long`, and `memory` behind any of them.

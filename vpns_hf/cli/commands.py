@@ -151,7 +151,7 @@ def _accuracies(
 
 
 def _folder(args: argparse.Namespace) -> Path:
-    """The local folder, or the downloaded files of the repository."""
+    """Return the local folder, or download the files of the repository."""
     if Path(args.model).is_dir():
         return Path(args.model)
     with clear_errors(f"Could not read {args.model}", args.revision):

@@ -1,4 +1,4 @@
-"""What the files of a subnetwork say of it, read without building the model or decoding its weights."""
+"""Inspect the files of a subnetwork without building the model or decoding its weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RECIPE_FACTS = (
 
 @dataclass(frozen=True)
 class StoredLayer(KeptEntries):
-    """A masked weight as it lies in a file.
+    """Masked weight as it is stored in a file.
 
     Args:
         name: its name in the file.
@@ -53,7 +53,7 @@ class StoredLayer(KeptEntries):
 
 @dataclass(frozen=True)
 class StoredSubnetwork(KeptInLayers):
-    """A folder that holds a subnetwork.
+    """Folder that holds a subnetwork.
 
     Args:
         backbone: class or model type of the backbone.

@@ -73,7 +73,7 @@ def parse_recipe(
 
 
 def _split_config(arguments: list[str], default: Path | None) -> tuple[Path | None, list[str]]:
-    """The YAML file, and the flags without `--config`."""
+    """Split the flags into the YAML file and the rest."""
     if "--config" not in arguments:
         return default, arguments
     position = arguments.index("--config")

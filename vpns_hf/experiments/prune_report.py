@@ -97,12 +97,12 @@ class PruningReport:
 
     @property
     def folder(self) -> Path:
-        """The output folder."""
+        """Return the output folder."""
         return Path(self.experiment.args.output_dir)
 
     @property
     def results(self) -> list[Result]:
-        """The rows of the table."""
+        """Return the rows of the table."""
         return [each.result for each in self.measured]
 
 
@@ -147,7 +147,7 @@ def _draw_figures(report: PruningReport) -> None:
 
 
 def _card(report: PruningReport) -> SubnetworkCard:
-    """The model card: facts of this run alone."""
+    """Create the model card: facts of this run alone."""
     experiment, trainer, folder = report.experiment, report.trainer, report.folder
     backbone, data = experiment.model_args.model_name_or_path, experiment.data_args.dataset_name
     return SubnetworkCard(
@@ -180,7 +180,7 @@ def _card(report: PruningReport) -> SubnetworkCard:
 
 
 def _license_of(backbone: Path) -> str | None:
-    """The licence that the model card of the backbone states; None without a card that can be read."""
+    """Return the licence that the model card of the backbone states; None without a card that can be read."""
     source = backbone / "README.md" if backbone.is_dir() else str(backbone)
     try:
         return ModelCard.load(source, ignore_metadata_errors=True).data.license
@@ -208,12 +208,12 @@ def _provenance(report: PruningReport) -> str:
 
 
 def _portable(value: Any) -> Any:
-    """A path below the working directory, relative to it: the rest means nothing to others."""
+    """Make a path below the working directory relative to it: the rest means nothing to others."""
     here = Path.cwd()
     is_below = isinstance(value, str) and Path(value).is_absolute() and Path(value).is_relative_to(here)
     return str(Path(value).relative_to(here)) if is_below else value
 
 
 def _public_name(path: str) -> str:
-    """A Hub id as it is; of a local folder its name and that of its parent."""
+    """Name a model or data set: a Hub id as it is, a local folder by its name and that of its parent."""
     return "/".join(Path(path).resolve().parts[-2:]) if Path(path).is_dir() else path

@@ -121,7 +121,7 @@ class CellResult:
 
     @property
     def cell(self) -> Cell:
-        """The run that this is the result of."""
+        """Return the run that this is the result of."""
         return Cell(self.method, self.sparsity, self.seed, self.task, self.mode)
 
     @property

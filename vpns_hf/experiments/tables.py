@@ -106,7 +106,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Block:
-    """The table of one sparsity."""
+    """Build the table of one sparsity."""
 
     title: str
     columns: tuple[str, ...]
@@ -144,7 +144,7 @@ def _measured(row: _Row) -> str | None:
 
 
 def _deviates(row: _Row) -> bool:
-    """Whether the sparsity is not the one asked for, by more than the rounding to whole weights explains."""
+    """Return whether the sparsity is not the one asked for, by more than the rounding to whole weights explains."""
     return any(abs(run.measured_sparsity - run.sparsity) >= 0.0005 for run in row.runs)
 
 

@@ -15,7 +15,7 @@ _PIECE = 256
 
 
 def _multiply(layer: SparseLayer, columns: Tensor) -> Tensor:
-    """The matrix times dense columns [in, positions], plus the bias: [out, positions]."""
+    """Multiply the matrix by dense columns [in, positions] and add the bias: [out, positions]."""
     weight, bias = layer.weight, layer.bias
     pieces = columns.tensor_split(max(1, math.ceil(columns.shape[1] / _PIECE)), dim=1)
     if bias is None:
@@ -28,7 +28,7 @@ class CsrLinear(SparseLinear):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """Whether this is a plain linear layer with enough zeros, and torch was built with MKL."""
+        """Return whether this is a plain linear layer with enough zeros, and torch was built with MKL."""
         return super().fits(layer) and torch.backends.mkl.is_available()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class CsrConv2d(SparseConv2d):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """Whether this is a plain convolution with enough zeros, and torch was built with MKL."""
+        """Return whether this is a plain convolution with enough zeros, and torch was built with MKL."""
         return super().fits(layer) and torch.backends.mkl.is_available()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -69,16 +69,16 @@ class FastModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it runs: the CPU."""
+        """Return the device: the CPU."""
         return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of images and logits: float32."""
+        """Return the dtype of images and logits: float32."""
         return torch.float32
 
     def can_generate(self) -> bool:
-        """False: it gives no text."""
+        """Return False: the model generates no text."""
         return False
 
 
@@ -128,7 +128,7 @@ def _check(model: PromptedSparseModel, example: Tensor) -> None:
 
 
 def _plain_copy(model: PromptedSparseModel) -> PromptedSparseModel:
-    """A copy in the dense state with the zeros written in, in evaluation mode."""
+    """Copy the model in the dense state with the zeros written in, in evaluation mode."""
     plain = copy.deepcopy(model)
     plain.merge_and_unload()
     plain.config.state = "dense"
@@ -136,13 +136,13 @@ def _plain_copy(model: PromptedSparseModel) -> PromptedSparseModel:
 
 
 def _sharing_copy(model: PromptedSparseModel) -> PromptedSparseModel:
-    """A copy with modules of its own and the same tensors."""
+    """Copy the modules and share the tensors."""
     tensors: list[Any] = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _folded(dense: PromptedSparseModel, example: Tensor, expected: Tensor) -> PromptedSparseModel:
-    """A copy with projections of attention as linear layers and, where logits stay, without BatchNorms."""
+    """Copy with projections of attention as linear layers and, where logits stay, without BatchNorms."""
     fast = _sharing_copy(dense)
     project_attention(fast.backbone)
     folded = _sharing_copy(fast)

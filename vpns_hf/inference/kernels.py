@@ -1,4 +1,4 @@
-"""The table of kernels that can stand in for a dense layer."""
+"""Table of kernels that can replace a dense layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KERNELS: dict[str, tuple[type[SparseLinear], type[SparseConv2d]]] = {
 
 
 def checked_kernels(names: Sequence[str] | None) -> tuple[str, ...]:
-    """The names of the kernels to choose from; None: all of them.
+    """Check the names of the kernels to choose from; None: all of them.
 
     Raises:
         ValueError: there is no such kernel.
@@ -29,7 +29,7 @@ def checked_kernels(names: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def replacements(layer: nn.Linear | nn.Conv2d, kernels: Sequence[str]) -> dict[str, nn.Module]:
-    """The sparse layers that can stand in for a layer, by the name of their kernel; empty where there is none."""
+    """Build the sparse layers that can replace a layer, by the name of their kernel; empty where there is none."""
     found: dict[str, nn.Module] = {}
     for name in kernels:
         linear, convolution = KERNELS[name]

@@ -51,12 +51,12 @@ class SparseLayer(nn.Module):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """Whether the kernel can compute what this dense layer computes, and is worth measuring."""
+        """Return whether the kernel can compute what this dense layer computes, and is worth measuring."""
         raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
-        """The matrix as a tensor of layout `torch.sparse_csr`; models read its dtype and device."""
+        """Return the matrix as a tensor of layout `torch.sparse_csr`; models read its dtype and device."""
         return torch.sparse_csr_tensor(self.row_starts, self.columns, self.values, self.shape, check_invariants=False)
 
     def extra_repr(self) -> str:
@@ -77,7 +77,7 @@ class SparseLinear(SparseLayer):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """Whether this is a plain linear layer with enough zeros."""
+        """Return whether this is a plain linear layer with enough zeros."""
         # A subclass with a forward of its own computes something else.
         return type(layer).forward is nn.Linear.forward and density(layer.get_parameter("weight")) <= _LARGEST_DENSITY
 
@@ -97,13 +97,13 @@ class SparseConv2d(SparseLayer):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """Whether this is a plain convolution with enough zeros."""
+        """Return whether this is a plain convolution with enough zeros."""
         if not isinstance(layer, nn.Conv2d) or density(layer.weight) > _LARGEST_DENSITY:
             return False
         return type(layer).forward is nn.Conv2d.forward and type(layer)._conv_forward is nn.Conv2d._conv_forward
 
     def padded(self, x: Tensor) -> Tensor:
-        """The input [n, channels, height, width] with its padding.
+        """Pad the input [n, channels, height, width].
 
         Raises:
             ValueError: the input has another number of dimensions.

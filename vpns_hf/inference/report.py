@@ -1,4 +1,4 @@
-"""What was measured while a model was made ready for inference."""
+"""Report the kernels and times that were measured for inference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .kernels import DENSE
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """The kernel that one layer runs on.
+    """Kernel of one layer.
 
     Args:
         name: of the layer in the backbone.
@@ -30,7 +30,7 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class InferenceReport:
-    """The kernel of every prunable layer, and the time of the whole model with and without them.
+    """Kernel of every prunable layer, and the time of the whole model with and without them.
 
     Args:
         layers: in the order in which they were called.
@@ -52,7 +52,7 @@ class InferenceReport:
         return 1.0 if self.kept_dense else self.milliseconds[DENSE] / self.milliseconds["fast"]
 
     def to_markdown(self) -> str:
-        """A table with one row per layer, under a line about the whole model."""
+        """Format one row per layer, under a line about the whole model."""
         kernels = sorted({name for layer in self.layers for name in layer.milliseconds} - {DENSE})
         head = ["layer", "weight", "density", *(f"{name} ms" for name in (DENSE, *kernels)), "runs on"]
         rows = [head, ["---", "---", *["---:"] * (len(head) - 3), "---"]]

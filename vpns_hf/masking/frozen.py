@@ -147,7 +147,7 @@ def _is_hooked(weight: Tensor) -> bool:
 
 
 class _FrozenMask:
-    """The mask buffer of a weight, as it is when a hook runs."""
+    """Return the mask buffer of a weight, as it is when a hook runs."""
 
     def __init__(self, prunable: PrunableWeight):
         self.prunable = prunable

@@ -161,7 +161,7 @@ class ScoredMasks(MaskSchedule):
 
     @property
     def has_implicit_gradient(self) -> bool:  # type: ignore[override]
-        """Whether the gradient of the scores has BiP's implicit term."""
+        """Return whether the gradient of the scores has BiP's implicit term."""
         return self.implicit_gradient != 0
 
     def begin(self, model: PromptedSparseModel, sparsity: float) -> None:

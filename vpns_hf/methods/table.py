@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from ..scores.starts import AUTO, HYDRA, ScoreSettings
 from .magnitude_schedules import AlternatingCompression, GradualMagnitude, RigL, by_lamp
@@ -55,16 +54,6 @@ def with_teacher(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     return *stages[:count], replace(DENSE, name="teacher", length="teacher"), first, *stages[count + 1 :]
 
 
-def _vpns(**changes: Any) -> tuple[Stage, ...]:
-    """The loop of VPNs with both stages changed in the same way."""
-    return WARM_UP, replace(PROMPTED_SEARCH, **changes), replace(PROMPTED_TUNE, **changes)
-
-
-def _hydra(**changes: Any) -> tuple[Stage, ...]:
-    """The loop of HYDRA with both stages changed in the same way."""
-    return WARM_UP, replace(SEARCH, **changes), replace(TUNE, **changes)
-
-
 MAGNITUDE = Select("magnitude", needs_data=False)
 METHODS: dict[str, Method] = {
     "dense": Method(
@@ -74,12 +63,12 @@ METHODS: dict[str, Method] = {
     # Learned masks
     "vpns": Method(
         "Learn masks and a visual prompt together, then tune weights and prompt (arXiv 2312.01397).",
-        _vpns(),
+        (WARM_UP, PROMPTED_SEARCH, PROMPTED_TUNE),
         uses_prompt=True,
     ),
     "hydra": Method(
         "Learn masks alone with the optimizer of VPNs, then tune the weights (arXiv 2002.10509).",
-        _hydra(),
+        (WARM_UP, SEARCH, TUNE),
     ),
     "vpns_gradual": Method(
         "VPNs with a sparsity that rises from zero during its search.",
@@ -260,7 +249,7 @@ METHODS: dict[str, Method] = {
     # Control
     "vpns_zero_prompt": Method(
         "Control: the loop of VPNs with the prompt held at zero, that is, without it.",
-        _hydra(batches="mixed"),
+        (WARM_UP, replace(SEARCH, batches="mixed"), replace(TUNE, batches="mixed")),
         is_control=True,
     ),
 }
@@ -287,7 +276,7 @@ def get_method(name: str) -> Method:
 
 
 def _with_prompt(name: str) -> Method:
-    """The paper's "VP added to other pruners": weights and prompt train together once the mask is found."""
+    """Add a prompt to the last stage, the paper's "VP added to other pruners"."""
     method = METHODS[name]
     *first, last = method.stages
     if method.uses_prompt or isinstance(last, Rounds) or "weights" not in last.roles or last.batches == "augmented":
@@ -307,7 +296,7 @@ def _with_prompt(name: str) -> Method:
 
 
 def _mask_alone(name: str) -> Method:
-    """The method without the tuning that follows once its mask is final; weights stay, or are rewound, as it says."""
+    """Drop the tuning after the mask is final; weights stay or are rewound, as the method says."""
     method = get_method(name)
     *first, last = method.stages
     if method.needs_pruned or name == "dense" or name.endswith(WITH_PROMPT):

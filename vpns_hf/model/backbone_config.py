@@ -88,7 +88,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
 
 
 def _leaves(node: Mapping[str, Any] | list[Any], depth: int, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The names and values of everything in a nested document but its branches."""
+    """Yield the names and values of everything in a nested document but its branches."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"`backbone_config` is nested deeper than {_MAX_DEPTH} levels.")
     for key, value in node.items() if isinstance(node, Mapping) else ((name, value) for value in node):

@@ -13,7 +13,7 @@ from .configuration_checks import FIELDS, check_fields, check_labels, check_toge
 
 
 class ImageGeometry(NamedTuple):
-    """What images look like to a model: (height, width) in pixels, and mean and std of each channel."""
+    """Geometry of a model's images: (height, width) in pixels, and mean and std of each channel."""
 
     size: tuple[int, int]
     mean: tuple[float, ...]

@@ -20,7 +20,7 @@ _LARGEST, _SMALLEST_STD = 1e6, 1e-6
 
 
 class Check(NamedTuple):
-    """The values that a field takes.
+    """Values that a field takes.
 
     Args:
         expected: the values in words, to follow "expected".
@@ -113,7 +113,7 @@ def check_fields(config: PromptedSparseConfig) -> None:
 
 
 def shortened(value: Any) -> str:
-    """A value in at most a line."""
+    """Shorten a value to at most one line."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 

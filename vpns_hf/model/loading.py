@@ -136,6 +136,6 @@ def _check_processor(path: str, values: Mapping[str, Any]) -> None:
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
-    """The numbers in a value of an image processor, which nests them once at most."""
+    """Return the numbers in a value of an image processor, which nests them once at most."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
     return (item for item in inner if isinstance(item, int | float))

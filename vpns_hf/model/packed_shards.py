@@ -101,7 +101,7 @@ def _file_name(name: str, variant: str | None) -> str:
 def find_packed_files(
     name: str, find: Callable[[str], str | None], variant: str | None = None
 ) -> dict[str, set[str] | None]:
-    """The weight files of a model, if they are packed.
+    """Find the weight files of a model, if they are packed.
 
     Args:
         name: the model, for the messages.
@@ -163,7 +163,7 @@ def _unpacked_size(path: str) -> int:
 
 
 def _read_index(index: Path) -> dict[str, set[str]]:
-    """The names of the arrays in each shard."""
+    """Return the names of the arrays in each shard."""
     if index.stat().st_size > _MAX_INDEX:
         raise ValueError(f"it takes more than {_MAX_INDEX} bytes.")
     content = storage.parse_json(index.read_bytes(), "content")
@@ -180,7 +180,7 @@ def _read_index(index: Path) -> dict[str, set[str]]:
 
 @contextmanager
 def open_state_dict(files: Mapping[str, set[str] | None]) -> Iterator[dict[str, Any]]:
-    """The state dictionary of packed files, each tensor unpacked when transformers' loader places it in the model.
+    """Open the state dictionary of packed files, whose tensors are unpacked when transformers' loader places them.
 
     So no more than a few tensors are in memory beside the model, also where it converts or moves them.
 
@@ -223,7 +223,7 @@ class _Unit:
         self._unpacked: list[Tensor | None] = [None, None]
 
     def parts(self) -> dict[str, PackedTensor]:
-        """What stands for the tensor and its mask in a state dictionary."""
+        """Return the placeholders of the tensor and its mask in a state dictionary."""
         dtype, shape = self._file.dtype(self._name), self._file.shape(self._name)
         parts = {self._name: PackedTensor(self, 0, dtype, shape)}
         if self._name in self._file.masked:

@@ -145,7 +145,7 @@ def _deflate(pieces: list[np.ndarray] | Iterator[np.ndarray]) -> bytes:
 
 
 def _inflate(payload: bytes, limit: int) -> bytes:
-    """The bytes that a payload of [`_deflate`] stands for, refused beyond `limit`.
+    """Decompress a payload of [`_deflate`], and refuse more than `limit` bytes.
 
     Huffman codes take a bit a byte or more. So a payload that stands for more than that was not written here, and the
     memory taken stays in proportion to the file.

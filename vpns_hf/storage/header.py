@@ -49,12 +49,12 @@ _MAX_DIMS = 64
 
 
 class PackedFormatError(ValueError):
-    """A file that is no sound packed file, or one of a newer version; the message names the file and the tensor."""
+    """File that is no sound packed file, or one of a newer version; the message names the file and the tensor."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a stored array lies: `[start, stop)` in the file, checked to hold exactly `shape` items of `dtype`."""
+    """Position of a stored array: `[start, stop)` in the file, checked to hold exactly `shape` items of `dtype`."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ class _Header:
 
 @dataclass(frozen=True)
 class _Packed:
-    """What the layout says of a masked tensor."""
+    """Layout of a masked tensor."""
 
     coding: str
     shape: tuple[int, ...]
@@ -94,7 +94,7 @@ def blaming(subject: str) -> Iterator[None]:
 
 
 def parse_json(text: bytes, what: str) -> Any:
-    """A JSON document from outside.
+    """Parse a JSON document from outside.
 
     Args:
         text: the document.
@@ -199,7 +199,7 @@ def _checked_shape(name: str, shape: Any) -> tuple[int, ...]:
 
 
 def _check_coverage(entries: Mapping[str, Entry], data_start: int, file_size: int) -> None:
-    """The arrays must fill the file: no gap, no overlap, nothing behind them and nothing cut off."""
+    """Check that the arrays fill the file: no gap, no overlap, nothing behind them and nothing cut off."""
     position = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != position:

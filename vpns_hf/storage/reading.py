@@ -50,7 +50,7 @@ def load_packed(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a safetensors file that claims to be packed, of any version; reads its header alone.
+    """Return whether this is a safetensors file that claims to be packed, of any version; reads its header alone.
 
     Raises:
         OSError: the file cannot be read.
@@ -86,7 +86,7 @@ class _Arena:
 
 
 class StoredTensor(NamedTuple):
-    """How a tensor lies in a packed file.
+    """Position of a tensor in a packed file.
 
     Args:
         kept, total: entries that are stored, and all.
@@ -101,7 +101,7 @@ class StoredTensor(NamedTuple):
 
 
 class PackedFile:
-    """An open packed file, its header read and checked; a context manager.
+    """Open packed file, its header read and checked; a context manager.
 
     Tensors are read one at a time, also from several threads.
 
@@ -141,16 +141,16 @@ class PackedFile:
 
     @property
     def stored_names(self) -> list[str]:
-        """The names in the file, as any reader of safetensors sees them: a mask is an array of its own."""
+        """Return the names in the file, as any reader of safetensors sees them: a mask is an array of its own."""
         return list(self._header.entries)
 
     def shape(self, name: str) -> torch.Size:
-        """The shape of a tensor, unpacked."""
+        """Return the shape of a tensor, unpacked."""
         packed = self._layout.packed.get(name)
         return torch.Size(packed.shape if packed else self._header.entries[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor."""
+        """Return the dtype of a tensor."""
         return self._header.entries[name].dtype
 
     def stored(self, name: str) -> StoredTensor:
@@ -163,7 +163,7 @@ class PackedFile:
         return StoredTensor(entry.shape[0], total, size + mask.stop - mask.start, packed.coding)
 
     def read(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """A tensor, dense, contiguous and on the CPU, and its mask, or None where it has no mask.
+        """Read a tensor, dense, contiguous and on the CPU, and its mask, or None where it has no mask.
 
         Raises:
             PackedFormatError: what is stored is not what the header says.

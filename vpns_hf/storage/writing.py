@@ -68,7 +68,7 @@ def largest_packed_size(tensor: Tensor, mask: Tensor | None) -> int:
 
 
 def threads() -> int:
-    """How many tensors are packed or unpacked at a time: as many as torch uses threads, up to 8."""
+    """Return the number of tensors packed or unpacked at a time: as many as torch uses threads, up to 8."""
     # Nearly all of the time goes into zlib and numpy, which let other threads run.
     return min(torch.get_num_threads(), _MAX_THREADS)
 
@@ -97,7 +97,7 @@ def _check_savable(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], m
 
 
 def _flat_bits(tensor: Tensor) -> np.ndarray:
-    """The entries in row-major order as unsigned integers of their size; shares memory where it can."""
+    """View the entries in row-major order as unsigned integers of their size; shares memory where it can."""
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().view(f"u{tensor.itemsize}")
 
