@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import sharding
 from .prunable import MASK_SUFFIX, PrunableWeight, stored_weight
@@ -123,12 +126,14 @@ def zero_masked_weights(prunables: Mapping[str, PrunableWeight]) -> None:
 def mask_gradients(prunables: Mapping[str, PrunableWeight]) -> None:
     """Register gradient hooks on the weights, which zero the gradients of pruned entries.
 
-    An optimizer that is created afterwards holds no momentum or second moment for them and weight decay keeps 0 at 0,
-    so they stay exactly zero in any training loop.
+    An optimizer that is created afterwards holds no momentum or second moment for them and weight decay keeps 0 at 0.
+    Where an optimizer moves them all the same, as Muon does, the zeros are written again after its step. So they stay
+    exactly zero in any training loop that calls `backward` or steps a `torch.optim.Optimizer`.
     """
+    _watch_optimizers()
     for prunable in prunables.values():
         weight = stored_weight(prunable)
-        if _is_hooked(weight):
+        if _hook(weight) is not None:
             continue
         trainable = weight.requires_grad
         # torch only takes hooks on tensors that require a gradient; this one may be made trainable later.
@@ -141,9 +146,24 @@ def mask_gradients(prunables: Mapping[str, PrunableWeight]) -> None:
         weight.requires_grad_(trainable)
 
 
-def _is_hooked(weight: Tensor) -> bool:
+def _hook(weight: Tensor) -> _FrozenMask | None:
+    """Return the hook of [`mask_gradients`] on a weight; None without one."""
     hooks = (*(weight._backward_hooks or {}).values(), *(weight._post_accumulate_grad_hooks or {}).values())
-    return any(isinstance(hook, (_GradientMask, _ShardGradientMask)) for hook in hooks)
+    return next((hook for hook in hooks if isinstance(hook, _FrozenMask)), None)
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Register [`_zero_after_step`], once a process."""
+    register_optimizer_step_post_hook(_zero_after_step)
+
+
+@torch.no_grad()
+def _zero_after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Write the zeros into the weights that an optimizer has stepped."""
+    for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+        if (hook := _hook(weight)) is not None:
+            write_zeros(sharding.local(weight), sharding.local(hook.mask))
 
 
 class _FrozenMask:

@@ -195,8 +195,8 @@ class SparseModel(PreTrainedModel):
     def freeze_masks(self) -> None:
         """Write the zeros into the weights and remove the scores (search to frozen); all parameters become trainable.
 
-        Pruned weights get no gradient afterwards, so they stay exactly zero in any training loop whose optimizer is
-        created after this call.
+        Pruned weights get no gradient afterwards and are zeroed after every step of a `torch.optim.Optimizer`, so they
+        stay exactly zero in any training loop.
         """
         self._require("search", "freeze masks")
         self.apply_masks(self.masks())
