@@ -86,6 +86,11 @@ class RunRecord:
         record = cls.load(folder, {})
         return record.finished_folder(record.finished[-1].name) if record.finished else None
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all finished stages."""
+        return sum(stage.steps for stage in self.finished)
+
     def check(self, settings: dict[str, Any], started: bool) -> None:
         """Refuse to resume the run under other settings; one that has saved nothing takes the new ones.
 

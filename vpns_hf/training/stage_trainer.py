@@ -27,13 +27,14 @@ from ..data.batches import RoleCollator, RoleDataset, with_labels
 from ..masking import sharding
 from ..model.modeling import PromptedSparseModel
 from .arguments import VPNsTrainingArguments
-from .checkpoints import UNFINISHED_CHECKPOINT, publish_checkpoint, writing
+from .checkpoints import UNFINISHED_CHECKPOINT, is_at_the_end, publish_checkpoint, writing
 from .counters import Counters
 from .interruption import ignore_signals
 from .losses import mix_images, smoothed_loss
 from .optimizers import OptimizerByRole, build_optimizer, weight_groups
 from .plan import StagePlan
 from .reporting import loggable
+from .run_callbacks import RunCallbackHandler
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class StageTrainer(Trainer):
 
     def __init__(self, callbacks: list[TrainerCallback], **kwargs: Any):
         super().__init__(callbacks=[_RestoredLosses(self), Counters(), *callbacks], **kwargs)
+        self.callback_handler: RunCallbackHandler = RunCallbackHandler(self.callback_handler, self.args)
         if type(self)._get_train_sampler is not Trainer._get_train_sampler:
             raise ValueError(
                 "`_get_train_sampler` is overridden, but VPNsTrainer draws batches of one role by its own sampler; "
@@ -94,7 +96,7 @@ class StageTrainer(Trainer):
         for callback in callbacks:
             self.add_callback(callback)
         try:
-            if checkpoint is not None and _is_at_the_end(checkpoint):
+            if checkpoint is not None and is_at_the_end(checkpoint):
                 return self._restore_end(checkpoint)
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
@@ -393,8 +395,3 @@ class _RestoredLosses(TrainerCallback):
         trainer, counters = self.trainer, self.trainer.counters
         trainer._globalstep_last_logged, trainer._total_loss_scalar = counters.logged_step, counters.logged_loss
         trainer._tr_loss += counters.loss
-
-
-def _is_at_the_end(checkpoint: Path) -> bool:
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    return state.global_step >= state.max_steps

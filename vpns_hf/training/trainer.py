@@ -164,7 +164,7 @@ class VPNsTrainer(StageTrainer):
             output = self._train_stage(plan, record, checkpoint, **kwargs)
             checkpoint, loss = None, output.metrics.get("train_loss", math.nan)
             metrics |= {f"{plan.name}_{name}": value for name, value in output.metrics.items()}
-        return TrainOutput(sum(stage.steps for stage in record.finished), loss, metrics)
+        return TrainOutput(record.steps, loss, metrics)
 
     def plan_stages(self) -> list[StagePlan]:
         """Plan the stages of the run from the arguments, the model and the number of training images."""
@@ -181,7 +181,7 @@ class VPNsTrainer(StageTrainer):
         return RunRecord.load(Path(self.args.output_dir), self._settings)
 
     def _train_stage(self, plan: StagePlan, record: RunRecord, checkpoint: Path | None, **kwargs: Any) -> TrainOutput:
-        self.plan = plan
+        self.plan, self.callback_handler.finished_steps = plan, record.steps
         if checkpoint is None and self.args.should_save:
             shutil.rmtree(plan.folder, ignore_errors=True)
         # Random numbers of a stage must not depend on whether the run was interrupted before it.
