@@ -18,6 +18,7 @@ from transformers import (
     PvtForImageClassification,
     SiglipConfig,
     SiglipForImageClassification,
+    ViTForImageClassification,
 )
 
 from vpns_hf import PromptedSparseModel
@@ -285,3 +286,22 @@ def test_pointers_of_git_lfs_are_named(tmp_path):
     (tmp_path / "model.safetensors").write_text(pointer)
     with pytest.raises((ValueError, OSError), match="git lfs pull"):
         wrap(str(tmp_path))
+
+
+def test_layers_that_were_frozen_by_hand_are_refused():
+    backbone = tiny_backbone("vit")
+    backbone.vit.embeddings.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"4 parameters of this ViT.*requires_grad_\(True\)"):
+        PromptedSparseModel.from_backbone(backbone, prompt=None)
+    PromptedSparseModel.from_backbone(backbone.requires_grad_(True), prompt=None)
+
+
+def test_parameters_that_a_class_freezes_itself_are_accepted(monkeypatch):
+    init = ViTForImageClassification.__init__
+
+    def frozen_positions(self, config):
+        init(self, config)
+        self.vit.embeddings.position_embeddings.requires_grad_(False)
+
+    monkeypatch.setattr(ViTForImageClassification, "__init__", frozen_positions)
+    PromptedSparseModel.from_backbone(tiny_backbone("vit"), prompt=None)

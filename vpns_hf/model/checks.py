@@ -92,7 +92,8 @@ def check_handed_over(model: PreTrainedModel, config: PreTrainedConfig, image_si
         image_size: (height, width) of that image; None: 224 pixels each.
 
     Raises:
-        ValueError: the model was changed after it was built in a way that its configuration does not state.
+        ValueError: the model was changed after it was built in a way that its configuration does not state, or
+            parameters of it were frozen.
     """
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         return
@@ -107,6 +108,7 @@ def check_handed_over(model: PreTrainedModel, config: PreTrainedConfig, image_si
             "adapters, remove parametrizations (`torch.nn.utils.parametrize.remove_parametrizations`, "
             "`torch.nn.utils.prune.remove`), and keep a head of the original form."
         )
+    _check_trainable(model, rebuilt)
     if cut := {name: shape for name, shape in shapes.items() if built[name] != shape}:
         cut = (config.to_dict().get("tensor_shapes") or {}) | cut
         model.config.update({"tensor_shapes": cut})
@@ -120,6 +122,18 @@ def check_handed_over(model: PreTrainedModel, config: PreTrainedConfig, image_si
             f"This {type(model).__name__} gives other logits than one that its configuration builds with the same "
             f"weights (largest difference {float((found - expected).abs().max()):.2g}), so it would change by saving. "
             "State in the configuration what was changed after building, such as activations or pooling, or undo it."
+        )
+
+
+def _check_trainable(model: PreTrainedModel, rebuilt: PreTrainedModel) -> None:
+    """Refuse parameters that were frozen by hand; some classes freeze position embeddings themselves."""
+    own = {name for name, parameter in rebuilt.named_parameters() if not parameter.requires_grad}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if by_hand := sorted(frozen - own):
+        raise ValueError(
+            f"{len(by_hand)} parameters of this {type(model).__name__} do not require gradients, such as "
+            f"{by_hand[0]}, but a pruning method trains the whole backbone in its stages; call "
+            "`model.requires_grad_(True)` first. `ignore_modules=[...]` leaves layers unpruned."
         )
 
 
