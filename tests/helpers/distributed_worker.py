@@ -49,12 +49,21 @@ def first_process():
 # DDP -----------------------------------------------------------------------------------------------------------------
 
 
+# Methods whose masks change while weights train.
+LEARNED = {
+    "joint": dict(method="vpns_joint", score_learning_rate="auto", score_start="snip"),
+    "taught": dict(method="gmp_lamp", teacher="self"),
+}
+
+
 def ddp(folder):
     """Runs that the test repeats in one process, and the checks that need several."""
     trainer = run(folder / "even")
     assert trainer.accelerator.num_processes == 2
     assert trainer.model_wrapped is trainer.model
     run(folder / "uneven", length=15)
+    for name, settings in LEARNED.items():
+        run(folder / name, **settings)
     consistency(folder)
     sharded_selection()
     for scope in ("global", "row"):
@@ -242,6 +251,8 @@ VARIANTS = {
     ),
     "gmp": dict(method="gmp", max_grad_norm=1.0),
     "acdc": dict(method="acdc", num_train_epochs=5),
+    "joint": dict(method="vpns_joint", score_learning_rate="auto"),
+    "gmp_lamp": dict(method="gmp_lamp"),
 }
 
 

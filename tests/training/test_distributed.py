@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.distributed_worker import VARIANTS, data, run
+from helpers.distributed_worker import LEARNED, VARIANTS, data, run
 from helpers.training import fresh, history, make_trainer
 from safetensors.torch import load_file
 
@@ -85,6 +85,13 @@ def test_two_processes_equal_one_with_twice_the_batch(ddp, tmp_path):
     """In both stages; seven validation images on two processes make an uneven last batch."""
     run(tmp_path, per_device_train_batch_size=4)
     assert_same_run(ddp / "even", tmp_path)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_methods_on_two_processes_equal_one_with_twice_the_batch(ddp, tmp_path, name):
+    """Scores, weights and prompt together at a learning rate that is found; a teacher tuned first."""
+    run(tmp_path, per_device_train_batch_size=4, **LEARNED[name])
+    assert_same_run(ddp / name, tmp_path)
 
 
 def test_uneven_last_batch_equals_accumulation_on_one_process(ddp, tmp_path):
