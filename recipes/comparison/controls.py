@@ -8,8 +8,8 @@ the package. It is also the example of how methods of your own are added from a 
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from vpns_hf.masking import sharding
 from vpns_hf.methods import METHODS, Method, Rounds, Stage
-from vpns_hf.methods.preparations import RecalibrateBatchNorm
-from vpns_hf.methods.table import PROMPT_ALONE
+from vpns_hf.methods.magnitude_schedules import GradualMagnitude
+from vpns_hf.methods.mask_schedules import Unmasked
+from vpns_hf.methods.preparations import RecalibrateBatchNorm, Rewind, Select, StageStart
+from vpns_hf.methods.table import DENSE, PROMPT, PROMPT_ALONE, TUNE, WARM_UP, prune_only
 
 
 class PromptNoise(TrainerCallback):
@@ -41,6 +43,64 @@ class PromptNoise(TrainerCallback):
         for parameter in kwargs["model"].parameters_by_role()["prompt"].values():
             noise = self.std * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(sharding.split_like(noise, parameter))
+
+
+class PromptUphill(TrainerCallback):
+    """Move the prompt against the network, as an adversary does: its gradients are negated.
+
+    Args:
+        plan: plan of the stage.
+    """
+
+    def __init__(self, plan: Any):
+        self.plan = plan
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
+        for parameter in kwargs["model"].parameters_by_role()["prompt"].values():
+            if parameter.grad is not None:
+                parameter.grad.neg_()
+
+
+@dataclass(frozen=True)
+class SelectOnPrompted(Select):
+    """Score on calibration images that wear the prompt."""
+
+    def __call__(self, start: StageStart) -> None:
+        """Freeze the model with the selected masks."""
+        super().__call__(replace(start, calibration=lambda: self._prompted(start)))
+
+    @torch.no_grad()
+    def _prompted(self, start: StageStart) -> list[dict[str, Any]]:
+        prompt, device = cast(torch.nn.Module, start.model.prompt), start.model.device
+        return [batch | {"pixel_values": prompt(batch["pixel_values"].to(device))} for batch in start.calibration()]
+
+
+@dataclass(frozen=True)
+class UsePrompt:
+    """Set whether the model predicts with its prompt where nothing else says so, as a teacher does.
+
+    Args:
+        value: value of `config.use_prompt`.
+    """
+
+    value: bool
+
+    def __call__(self, start: StageStart) -> None:
+        """Change the configuration."""
+        start.model.config.use_prompt = self.value
+
+
+# A prompt that is learned on the dense model, before anything is pruned.
+PROMPT_FIRST = replace(PROMPT_ALONE, length="search", masks=Unmasked())
+PROMPTED_TEACHER = replace(
+    DENSE,
+    name="teacher",
+    length="teacher",
+    roles=DENSE.roles | PROMPT,
+    batches="prompted",
+    before=(UsePrompt(True),),
+)
 
 
 def with_changes(method: str, **changes: Any) -> tuple[Stage | Rounds, ...]:
@@ -79,6 +139,37 @@ CONTROLS = {
         METHODS["vpns"].stages,
         uses_prompt=True,
         backbone={"label_mapping": "frequency", "keep_source_head": True},
+        is_control=True,
+    ),
+    "vpns_joint_uphill": Method(
+        "Control: vpns_joint with a prompt that is moved against the network, as in adversarial training.",
+        with_changes("vpns_joint", callbacks=(PromptUphill,)),
+        uses_prompt=True,
+        is_control=True,
+    ),
+    "snip_prompted": Method(
+        "SNIP scored on images that wear a prompt, which is learned on the dense model first.",
+        (WARM_UP, PROMPT_FIRST, replace(TUNE, before=(SelectOnPrompted("snip"),))),
+        uses_prompt=True,
+        is_control=True,
+    ),
+    "snip_unprompted": Method(
+        "Control: the stages of snip_prompted, scored on the images alone.",
+        (WARM_UP, PROMPT_FIRST, replace(TUNE, before=(Select("snip"),))),
+        uses_prompt=True,
+        is_control=True,
+    ),
+    "wanda_prompted": Method(
+        "Wanda scored on images that wear a prompt, which is learned on the dense model first.",
+        (WARM_UP, PROMPT_FIRST, prune_only(SelectOnPrompted("wanda", scope="row"), RecalibrateBatchNorm())[-1]),
+        uses_prompt=True,
+        is_control=True,
+    ),
+    "gmp_prompted_teacher": Method(
+        "gmp_teacher with a teacher that is tuned with a prompt and sees it, while the student sees the images alone.",
+        (WARM_UP, PROMPTED_TEACHER, replace(TUNE, masks=GradualMagnitude(), before=(Rewind(), UsePrompt(False)))),
+        uses_prompt=True,
+        teacher="self",
         is_control=True,
     ),
     "prompt_only": Method(

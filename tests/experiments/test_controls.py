@@ -14,10 +14,14 @@ from helpers.states import assert_same_state
 from helpers.training import Images, StopAt, fresh, history, make_trainer
 from transformers import TrainerCallback
 
-from vpns_hf.masking import kept_count
+from vpns_hf.masking import kept_count, select_masks
 from vpns_hf.methods import METHODS, get_method
+from vpns_hf.scores import score_weights
 
-PRUNING = ["hydra_augmented", "vpns_noise_prompt", "vpns_augmented_prompt", "vpns_sliced_head", "vpns_source_head"]
+PRUNING = [
+    *("hydra_augmented", "vpns_noise_prompt", "vpns_augmented_prompt", "vpns_sliced_head", "vpns_source_head"),
+    *("vpns_joint_uphill", "snip_prompted", "snip_unprompted", "gmp_prompted_teacher"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +35,7 @@ def test_the_package_knows_one_control_and_the_file_adds_the_others(controls):
     assert known == ["vpns_zero_prompt"]
     added = [name for name, method in METHODS.items() if method.is_control and name != "vpns_zero_prompt"]
     assert added == list(controls)
-    assert {name for name, method in controls.items() if not method.needs_pruned} == set(PRUNING)
+    assert {name for name, method in controls.items() if not method.needs_pruned} == {*PRUNING, "wanda_prompted"}
 
 
 @pytest.mark.parametrize("method", PRUNING)
@@ -74,6 +78,58 @@ def test_augmented_prompt_shows_prompted_batches_augmented(tmp_path):
         }
         assert bool((views[True].amin(0) > 0).all()) is expected
         assert (views[False].amin(0) > 0).all()
+
+
+class Prompts(TrainerCallback):
+    """Keeps the prompt after each step of a stage."""
+
+    def __init__(self, stage):
+        self.stage, self.seen = stage, []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if args.output_dir.endswith(self.stage):
+            self.seen.append(torch.cat([parameter.detach().flatten() for parameter in model.prompt.parameters()]))
+
+
+def test_a_prompt_uphill_moves_against_the_learned_one(tmp_path):
+    """Both start at zero, so the first step of Adam is the same with another sign."""
+    down, up = Prompts("joint"), Prompts("joint")
+    run(tmp_path / "down", "vpns_joint", callbacks=[down])
+    run(tmp_path / "up", "vpns_joint_uphill", callbacks=[up])
+    assert down.seen[0].abs().max() > 0
+    assert torch.equal(down.seen[0], -up.seen[0])
+
+
+@pytest.mark.parametrize(("method", "score", "scope"), [("snip", "snip", "global"), ("wanda", "wanda", "row")])
+def test_prompted_scores_are_those_of_prompted_images(method, score, scope, tmp_path):
+    trainer = run(tmp_path, f"{method}_prompted", prompt_learning_rate=20.0, search_prompt_learning_rate=20.0)
+    dense = trainer.load_stage("prompt")
+    images = trainer.calibration_batches()
+    with torch.no_grad():
+        prompted = [batch | {"pixel_values": dense.prompt(batch["pixel_values"])} for batch in images]
+    found = trainer.model.masks()
+    for batches, expected in ((prompted, True), (images, False)):
+        masks = select_masks(score_weights(score, dense, batches), SPARSITY, scope)
+        assert all(torch.equal(mask, found[name]) for name, mask in masks.items()) is expected
+
+
+def test_a_prompted_teacher_sees_its_prompt_and_the_student_does_not(tmp_path):
+    taught = []
+
+    class Watch(TrainerCallback):
+        def on_train_end(self, args, state, control, model, **kwargs):
+            if args.output_dir.endswith("tune"):
+                taught.append(model.config.use_prompt)
+
+    trainer = run(tmp_path, "gmp_prompted_teacher", callbacks=[Watch()])
+    teacher = trainer.load_stage("teacher")
+    image = Images(augment=False).images[:1]
+    assert taught == [False]
+    assert not trainer.model.config.use_prompt
+    with torch.no_grad():
+        assert torch.equal(teacher(image).logits, teacher(image, use_prompt=True).logits)
+        assert not torch.equal(teacher(image).logits, teacher(image, use_prompt=False).logits)
+    assert [stage.name for stage in trainer.stages] == ["warm_up", "teacher", "tune"]
 
 
 def test_controls_that_need_another_head_say_so(tmp_path):

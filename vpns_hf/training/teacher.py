@@ -36,7 +36,9 @@ class Teacher:
     temperature: float
 
     def mixed_loss(self, loss: Tensor, logits: Tensor, pixel_values: Tensor) -> Tensor:
-        """Compute `(1 - weight) * loss + weight * distillation_loss`; the teacher sees the images without a prompt.
+        """Compute `(1 - weight) * loss + weight * distillation_loss`.
+
+        The teacher predicts as it was saved, with its prompt only where `config.use_prompt` says so.
 
         Args:
             loss: loss of the labels, a scalar.
@@ -44,7 +46,7 @@ class Teacher:
             pixel_values: images of the batch, [n, channels, height, width], normalised.
         """
         with torch.no_grad():
-            targets = self.model(pixel_values, use_prompt=False).logits
+            targets = self.model(pixel_values).logits
         return (1 - self.weight) * loss + self.weight * distillation_loss(logits, targets, self.temperature)
 
 
@@ -73,7 +75,8 @@ class Teaching:
 
     def stages(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
         """Return the stages of the run, one that tunes the dense reference included."""
-        return with_teacher(stages) if self.name == SELF else stages
+        has_own = any(stage.length == "teacher" for stage in stages)
+        return with_teacher(stages) if self.name == SELF and not has_own else stages
 
     def teacher_of(self, stage: Stage, load_stage: Callable[[str], PromptedSparseModel]) -> Teacher | None:
         """Return the teacher of a stage; None where it learns from labels alone.
