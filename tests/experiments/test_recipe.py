@@ -229,3 +229,28 @@ def test_committed_comparison_is_what_its_lines_say(name, tmp_path):
     assert comparison_markdown(results, wanted.methods, sorted(wanted.sparsities)) in written
     if name == "demo":
         assert summary in (RECIPES.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_references_at_another_sparsity(task):
+    """Each in its own folder; what differs between rows is read from the models."""
+    run(task, method="omp", sparsity=0.8, references=["omp@0.5", "dense"], max_steps=2)
+    rows = json.loads((task / "out/metrics.json").read_text())["test"]
+    assert [(row["name"], round(row["sparsity"], 3)) for row in rows] == [
+        ("omp after tuning", 0.5),
+        ("dense after tuning", 0.0),
+        ("omp after tuning", 0.8),
+    ]
+    assert PromptedSparseModel.from_pretrained(task / "out/omp@0.5").sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("dens", "expected one of dense, "),
+        ("omp@half", "'omp@half'; expected a method, or a method at another sparsity, such as 'vpns@0.9'"),
+        ("omp@1.0", r"`references` has 1.0; expected fractions in \[0, 1\)"),
+    ],
+)
+def test_wrong_references_are_refused_before_training(task, capsys, reference, message):
+    assert re.search(message, failure(lambda: run(task, references=[reference]), capsys))
+    assert not (task / "out").exists()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ..methods.table import get_method
+
 
 @dataclass
 class ModelArguments:
@@ -115,6 +117,39 @@ class DryRunArguments:
     )
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Run that is trained and measured beside the one of the recipe.
+
+    Args:
+        method: name of a pruning method.
+        sparsity: sparsity, a fraction; None: that of the recipe.
+    """
+
+    method: str
+    sparsity: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """Read `"<method>"` or `"<method>@<sparsity>"`.
+
+        Raises:
+            ValueError: there is no such method, or the sparsity is no fraction.
+        """
+        method, at, sparsity = text.partition("@")
+        get_method(method)
+        if not at:
+            return cls(method)
+        try:
+            reference = cls(method, float(sparsity))
+        except ValueError:
+            raise ValueError(
+                f"`references` has {text!r}; expected a method, or a method at another sparsity, such as 'vpns@0.9'."
+            ) from None
+        check_sparsities([float(sparsity)], "references")
+        return reference
+
+
 @dataclass
 class PruneArguments(DryRunArguments):
     """Arguments of `prune` beside those of model, data and training."""
@@ -123,7 +158,8 @@ class PruneArguments(DryRunArguments):
         default_factory=lambda: ["dense"],
         metadata={
             "help": "Methods to run as well, for the table: 'dense' is the dense model tuned for as many optimizer "
-            "steps, 'vpns_zero_prompt' is the same loop without a prompt; 'none' runs none."
+            "steps, 'hydra_joint' is vpns_joint without a prompt, 'vpns_joint@0.9' has another sparsity; 'none' runs "
+            "none."
         },
     )
     license: str | None = field(
@@ -134,14 +170,20 @@ class PruneArguments(DryRunArguments):
     def __post_init__(self) -> None:
         if self.references == ["none"]:
             self.references = []
+        for text in self.references:
+            Reference.parse(text)
 
 
-def check_sparsities(sparsities: Iterable[float]) -> None:
+def check_sparsities(sparsities: Iterable[float], argument: str = "sparsities") -> None:
     """Raise unless every sparsity is a fraction.
+
+    Args:
+        sparsities: values of the argument.
+        argument: name of the argument.
 
     Raises:
         ValueError: one is not in [0, 1).
     """
     for sparsity in sparsities:
         if not 0 <= sparsity < 1:
-            raise ValueError(f"`sparsities` has {sparsity}; expected fractions in [0, 1), such as 0.9 for 90 %.")
+            raise ValueError(f"`{argument}` has {sparsity}; expected fractions in [0, 1), such as 0.9 for 90 %.")

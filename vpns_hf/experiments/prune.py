@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..methods.table import get_method
 from ..training.arguments import VPNsTrainingArguments
 from ..training.trainer import VPNsTrainer
-from .arguments import DataArguments, ModelArguments, PruneArguments
+from .arguments import DataArguments, ModelArguments, PruneArguments, Reference
 from .dry_run import PlannedRun, dry_run
 from .experiment import Experiment
 from .parsing import parse_recipe
@@ -54,23 +54,25 @@ def _steps(trainer: VPNsTrainer) -> int:
     return sum(stage.steps for stage in trainer.finished_stages if stage.name not in ("warm_up", "teacher"))
 
 
-def _train_references(experiment: Experiment, methods: Iterable[str], steps: int) -> dict[str, VPNsTrainer]:
+def _train_references(experiment: Experiment, names: Iterable[str], steps: int) -> dict[str, VPNsTrainer]:
     """Train each reference in a folder of its own below that of the run."""
     references = {}
-    for method in methods:
-        references[method] = experiment.trainer(_reference_arguments(experiment.args, method, steps))
-        references[method].train(resume_from_checkpoint=experiment.args.resume_from_checkpoint)
-        references[method].save_model()
+    for name in names:
+        references[name] = experiment.trainer(_reference_arguments(experiment.args, name, steps))
+        references[name].train(resume_from_checkpoint=experiment.args.resume_from_checkpoint)
+        references[name].save_model()
     return references
 
 
-def _reference_arguments(args: VPNsTrainingArguments, method: str, steps: int) -> VPNsTrainingArguments:
+def _reference_arguments(args: VPNsTrainingArguments, name: str, steps: int) -> VPNsTrainingArguments:
     """Arguments of a reference: a control has the lengths of the run, any other method its number of steps in all."""
-    own = copy.copy(args)
-    own.method, own.output_dir, own.push_to_hub = method, str(Path(args.output_dir) / method), False
-    if not get_method(method).is_control:
+    own, reference = copy.copy(args), Reference.parse(name)
+    own.method, own.output_dir, own.push_to_hub = reference.method, str(Path(args.output_dir) / name), False
+    if reference.sparsity is not None:
+        own.sparsity = reference.sparsity
+    if not get_method(reference.method).is_control:
         own.total_max_steps = steps
-    if not get_method(method).uses_prompt:
+    if not get_method(reference.method).uses_prompt:
         own.eval_prompt = "without"
     return own
 
