@@ -178,7 +178,7 @@ def test_every_recipe(monkeypatch, capsys, tmp_path, cache, path, script):
         digits = RECIPES / "transfer/data/digits"
         flags = ["--targets" if script == "transfer.py" else "--dataset_name", digits]
     if "imagenet/assets" in settings["model_name_or_path"]:
-        flags += ["--model_name_or_path", RECIPES / "demo/model", "--image_size", "32"]
+        flags += ["--model_name_or_path", RECIPES / "demo/model", "--image_size", "32", "--prompt_size", "4"]
     printed = dry_run(monkeypatch, capsys, tmp_path, cache, script, "--config", path, *flags)
     assert "tune" in values(printed)
     if script == "compare_methods.py":

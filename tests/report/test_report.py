@@ -18,7 +18,7 @@ from vpns_hf.report import Result, plot_density, plot_prompt, plot_training, res
 from vpns_hf.report.confusion import confusion_figure
 from vpns_hf.report.density import density_figure
 from vpns_hf.report.prompt import prompt_figure
-from vpns_hf.report.tables import blocks_table
+from vpns_hf.report.tables import TerminalTable, blocks_table
 from vpns_hf.report.training import training_figure
 
 RESULTS = [
@@ -29,9 +29,8 @@ RESULTS = [
 
 
 def cells(table):
-    """The text of every cell as it is printed, row by row, without the header."""
-    columns = [[Console().render_str(cell).plain for cell in column.cells] for column in table.columns]
-    return [list(row) for row in zip(*columns, strict=True)]
+    """The text of every cell, row by row, without the header."""
+    return [list(row) for row in (*table.rows, *([table.total] if table.total else []))]
 
 
 def printed(table, width=80):
@@ -77,12 +76,28 @@ def test_results_table_shows_shares_of_the_dense_accuracy():
     ]
 
 
-def test_results_table_fits_a_terminal_without_cutting_anything():
-    text = printed(results_table(RESULTS, title="Fashion-MNIST"))
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
+def test_tables_show_whole_numbers_or_name_the_columns_that_are_left_out(width):
+    table = results_table(RESULTS, title="Fashion-MNIST")
+    text = printed(table, width)
     assert "Fashion-MNIST" in text
     assert "…" not in text
-    for row in cells(results_table(RESULTS)):
-        assert all(word in text for cell in row for word in cell.split())
+    assert max(map(len, text.splitlines())) <= width
+    note = " ".join(text.split()).partition("Too narrow for: ")[2].removesuffix(".")
+    left_out = note.split(", ") if note else []
+    shown = len(table.columns) - len(left_out)
+    assert left_out == list(table.columns[shown:])
+    assert shown >= {20: 1, 40: 3, 60: 5, 80: 7, 120: 7}[width]
+    for row in cells(table):
+        assert all(cell in text for cell in row[1:shown])
+        assert not any(cell in text for cell in row[shown:] if cell.endswith("B"))
+
+
+def test_text_columns_fold():
+    table = TerminalTable(("what", "value"), [("data", "a long sentence that needs two lines")], text_columns=2)
+    text = printed(table, 30)
+    assert all(word in text for word in ["a", "long", "sentence", "that", "needs", "two", "lines"])
+    assert "Too narrow" not in text
 
 
 def test_results_without_a_dense_row_have_no_share():

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..report.tables import percent, terminal_table
+from ..report.tables import TerminalTable, percent
 from ..saved_files import printable
 from .inspection import StoredSubnetwork
 
@@ -23,7 +23,7 @@ def show_subnetwork(found: StoredSubnetwork) -> None:
     ]
     if layers:
         columns = ("weight", "kept", "total", "sparsity", "bytes", "mask")
-        console.print(terminal_table(columns, _printable(layers), None))
+        console.print(TerminalTable(columns, _printable(layers)))
     facts = Table.grid("name", "value", padding=(0, 2))
     for name, value in _printable([(name, _in_words(value)) for name, value in _facts(found).items()]):
         facts.add_row(escape(name), escape(value))
@@ -33,7 +33,7 @@ def show_subnetwork(found: StoredSubnetwork) -> None:
 def show_accuracies(data: str, images: int, accuracies: Iterable[float | None]) -> None:
     """Print one row: the data, the number of images, and the accuracies without and with the prompt."""
     row = (data, f"{images:,}", *map(percent, accuracies))
-    Console().print(terminal_table(("data", "images", "accuracy", "accuracy with prompt"), _printable([row]), None))
+    Console().print(TerminalTable(("data", "images", "accuracy", "accuracy with prompt"), _printable([row])))
 
 
 def _facts(found: StoredSubnetwork) -> dict[str, Any]:

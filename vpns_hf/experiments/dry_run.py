@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from ..model.modeling import PromptedSparseModel
-from ..report.tables import MISSING, terminal_table
+from ..report.tables import MISSING, TerminalTable
 from ..training.arguments import VPNsTrainingArguments
 from ..training.trainer import VPNsTrainer
 from .experiment import Experiment
@@ -51,11 +51,17 @@ def dry_run(runs: Iterable[PlannedRun]) -> None:
         trainer = run.trainer()
         if run.experiment is not shown:
             shown = run.experiment
-            console.print(terminal_table(("what", "value"), _facts(shown, trainer), "Dry run: nothing is trained"))
+            console.print(
+                TerminalTable(
+                    ("what", "value"), list(_facts(shown, trainer)), "Dry run: nothing is trained", text_columns=2
+                )
+            )
             first = trainer.train_dataset[0]
             console.print(f"First training image: {tuple(first['pixel_values'].shape)}, class {first['labels']}")
         columns = ("stage", "what trains and how", "optimizer steps")
-        console.print(terminal_table(columns, (stage.row() for stage in trainer.planned_stages()), run.name))
+        console.print(
+            TerminalTable(columns, [stage.row() for stage in trainer.planned_stages()], run.name, text_columns=2)
+        )
 
 
 def _facts(experiment: Experiment, trainer: VPNsTrainer) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.console import Group
 
-from ..report.tables import MISSING, markdown_table, percent, terminal_table
+from ..report.tables import MISSING, TerminalTable, markdown_table, percent
 from .results import DENSE, CellResult, check_range, distinct_results
 
 
@@ -200,11 +200,7 @@ def comparison_table(
 ) -> Group:
     """Format the tables of [`comparison_markdown`] for the terminal, with the same arguments and errors."""
     blocks = _blocks(results, methods, sparsities, paper or {})
-    tables = [terminal_table(block.columns, block.rows, block.title) for block in blocks]
-    for table in tables:
-        # rich narrows the other columns to their words then, so that the table fits.
-        table.columns[0].no_wrap = True
-    return Group(*tables)
+    return Group(*(TerminalTable(block.columns, block.rows, block.title) for block in blocks))
 
 
 def comparison_markdown(

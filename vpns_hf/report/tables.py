@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
@@ -82,7 +83,7 @@ def _result_rows(results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def results_table(results: Sequence[Result], title: str | None = "Results") -> Table:
+def results_table(results: Sequence[Result], title: str | None = "Results") -> TerminalTable:
     """Format results for the terminal, one row each.
 
     Args:
@@ -90,7 +91,7 @@ def results_table(results: Sequence[Result], title: str | None = "Results") -> T
             first row whose sparsity is 0. Missing values are shown as an en dash.
         title: line above the table; None for no title.
     """
-    return terminal_table(_RESULT_COLUMNS, _result_rows(results), title)
+    return TerminalTable(_RESULT_COLUMNS, list(_result_rows(results)), title)
 
 
 def results_markdown(results: Sequence[Result]) -> str:
@@ -105,20 +106,65 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], text_c
     return "\n".join([lines[0], "|" + "---|" * text_columns + "---:|" * (len(columns) - text_columns), *lines[1:]])
 
 
-def terminal_table(columns: Sequence[str], rows: Iterable[tuple[str, ...]], title: str | None) -> Table:
-    """Format a table for the terminal whose first column is text and the others numbers."""
-    rows = list(rows)
-    words = [word for row in rows for word in row[0].split()]
-    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.add_column(columns[0], overflow="fold", min_width=min(24, max(map(len, words), default=0)))
-    for column in columns[1:]:
-        table.add_column(column, justify="right", min_width=max(map(len, column.split())))
-    for row in rows:
-        table.add_row(escape(row[0]), *row[1:])
-    return table
+@dataclass(frozen=True)
+class TerminalTable:
+    """Table for the terminal that shows whole numbers in any width: last columns that do not fit are left out.
+
+    Args:
+        columns: headings.
+        rows: cells of each row.
+        title: line above the table; None for no title.
+        total: last row, below a line; None for none.
+        text_columns: number of first columns that are text and fold; the others are numbers.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, ...]]
+    title: str | None = None
+    total: tuple[str, ...] | None = None
+    text_columns: int = 1
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the widest form that fits, and a line that names the columns that do not."""
+        count = len(self.columns)
+        stacked = [column.replace(" ", "\n") for column in self.columns]
+        forms = [list(self.columns), *(stacked[:shown] for shown in range(count, 0, -1))]
+        headings = next((form for form in forms if self._width(form) <= options.max_width), forms[-1])
+        yield self._table(headings)
+        if len(headings) < count:
+            yield f"Too narrow for: {', '.join(self.columns[len(headings) :])}."
+
+    def _width(self, headings: Sequence[str]) -> int:
+        """Return the least width of the table: two blanks between columns and one at each edge."""
+        return sum(self._column_width(index, heading) for index, heading in enumerate(headings)) + 2 * len(headings)
+
+    def _column_width(self, index: int, heading: str) -> int:
+        cells = [row[index] for row in (*self.rows, *self._totals())]
+        if index >= self.text_columns:
+            return max(map(len, (*heading.split("\n"), *cells)))
+        words = [word for cell in (heading, *cells) for word in cell.split()]
+        return min(24, max(map(len, words)))
+
+    def _table(self, headings: Sequence[str]) -> Table:
+        table = Table(title=self.title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+        for index, heading in enumerate(headings):
+            width = self._column_width(index, heading)
+            if index < self.text_columns:
+                table.add_column(heading, overflow="fold", min_width=width)
+            else:
+                table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+        for row in self.rows:
+            table.add_row(*map(escape, row[: len(headings)]))
+        for row in self._totals():
+            table.add_section()
+            table.add_row(*map(escape, row[: len(headings)]), style="bold")
+        return table
+
+    def _totals(self) -> list[tuple[str, ...]]:
+        return [] if self.total is None else [self.total]
 
 
-def blocks_table(report: SparsityReport) -> Table:
+def blocks_table(report: SparsityReport) -> TerminalTable:
     """Format the sparsity of every block for the terminal, and of all blocks in the last row.
 
     Args:
@@ -126,10 +172,8 @@ def blocks_table(report: SparsityReport) -> Table:
             multiply-accumulates is an en dash where they were not counted.
     """
     columns = ("block", "sparsity", "weights kept", "weights", "MACs kept")
-    table = terminal_table(columns, map(_block_row, report.blocks().values()), "Sparsity by block")
-    table.add_section()
-    table.add_row(*_block_row(report.whole()), style="bold")
-    return table
+    rows = list(map(_block_row, report.blocks().values()))
+    return TerminalTable(columns, rows, "Sparsity by block", total=_block_row(report.whole()))
 
 
 def _block_row(block: LayerSparsity) -> tuple[str, ...]:
