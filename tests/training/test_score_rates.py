@@ -83,14 +83,14 @@ def test_only_steps_that_can_change_the_mask_count(tmp_path):
     auto = dict(score_learning_rate="auto", lr_scheduler_type="constant")
     run(tmp_path / "bip", "bip", callbacks=[rates], **auto)
     rate, threshold = rates.seen["search"]
-    assert rate == pytest.approx(12 * threshold / 6, rel=1e-6)
+    assert rate == pytest.approx(4 * threshold / 6, rel=1e-6)
     rates = Rates(0.9)
     settled = LearnedMasks(gradual=GradualSparsity(end=0.5), until=0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "settled", with_masks("hydra_joint", settled))
         run(tmp_path / "settled", "settled", callbacks=[rates], **auto)
     rate, threshold = rates.seen["joint"]
-    assert rate == pytest.approx(12 * threshold / 6, rel=1e-6)
+    assert rate == pytest.approx(4 * threshold / 6, rel=1e-6)
 
 
 def test_vpns_is_the_papers(tmp_path):

@@ -31,7 +31,7 @@ JOINT = Stage(
     "joint",
     SCORES | WEIGHTS,
     "tune",
-    masks=LearnedMasks(gradual=GradualSparsity(), scores=ScoreSettings("lamp", AUTO, travel=4.0)),
+    masks=LearnedMasks(gradual=GradualSparsity(), scores=ScoreSettings("lamp", AUTO)),
     batches="mixed",
 )
 # The head of a model that is pruned already, on the backbone as it is.
