@@ -22,9 +22,7 @@ PROMPTED_SEARCH = replace(SEARCH, roles=SCORES | PROMPT, batches="prompted")
 PROMPTED_TUNE = replace(TUNE, roles=WEIGHTS | PROMPT, batches="prompted")
 PROMPT_ALONE = Stage("prompt", PROMPT, "tune", batches="prompted", eval_backbone=True)
 # The sparsity rises from zero, so that scores are learned on a network that still works.
-RISING_SEARCH = replace(
-    SEARCH, masks=LearnedMasks(gradual=GradualSparsity(), scores=ScoreSettings(HYDRA, AUTO, travel=8.0))
-)
+RISING_SEARCH = replace(SEARCH, masks=LearnedMasks(gradual=GradualSparsity(), scores=ScoreSettings(HYDRA, AUTO)))
 # Scores and weights train together; the sparsity rises for three quarters of the steps, and the mask moves to the end,
 # which did better on validation than a mask that is fixed once the sparsity has risen.
 JOINT = Stage(
