@@ -85,9 +85,8 @@ def test_self_is_the_dense_reference_of_the_same_seed(method, tmp_path):
             stage = args.output_dir.split("-")[-1]
             begun[stage] = {name: tensor.detach().clone() for name, tensor in model.backbone_state().items()}
 
-    trainer = run(
-        tmp_path / "taught", method, build(method, "resnet"), teacher="self", total_max_steps=12, callbacks=[Watch()]
-    )
+    model = build(method, "resnet", sparsity=0.5)
+    trainer = run(tmp_path / "taught", method, model, teacher="self", total_max_steps=12, callbacks=[Watch()])
     assert [stage.name for stage in trainer.finished_stages][:2] == ["warm_up", "teacher"]
     steps = [stage.steps for stage in trainer.finished_stages]
     assert steps[1] == 12
