@@ -52,6 +52,7 @@ def run(task, *flags, script="prune_vit.py", how=run_script, **settings):
         model_name_or_path="./backbone",
         dataset_name="./data",
         output_dir="./out",
+        method="vpns",
         prompt_size=4,
         sparsity=0.8,
         search_epochs=1,

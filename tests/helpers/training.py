@@ -12,6 +12,7 @@ from vpns_hf.training.trainer_arguments import HONOURED_OBJECTS, REFUSED_OBJECTS
 from .models import tiny_model
 
 SMALL = dict(
+    method="vpns",
     per_device_train_batch_size=4,
     search_epochs=1,
     num_train_epochs=1,

@@ -36,7 +36,8 @@ class VPNsTrainingArguments(TrainingArguments):
     """
 
     method: str = field(
-        default="vpns", metadata={"help": "Pruning method: vpns, hydra, omp, imp, ... or <method>+prompt."}
+        default="vpns_joint",
+        metadata={"help": "Pruning method: vpns_joint, vpns (the paper's), hydra, omp, ... or <method>+prompt."},
     )
     sparsity: float | None = field(
         default=None, metadata={"help": "Fraction of prunable weights to remove; the model's own when not given."}

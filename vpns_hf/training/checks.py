@@ -30,7 +30,7 @@ def check_model(model: Any, args: VPNsTrainingArguments, method: Method) -> None
     if model.prompt is None and (method.uses_prompt or args.eval_prompt == "with"):
         raise ValueError(
             f"`method={args.method!r}` with `eval_prompt={args.eval_prompt!r}` needs a prompt; build the model with "
-            "`prompt='pad'`, or use `method='hydra'`."
+            "`prompt='pad'`, or use `method='hydra_joint'`."
         )
     if method.needs_pruned and model.config.state != "frozen":
         raise ValueError(
