@@ -21,6 +21,7 @@ FLOORS = (
     "model",
     "inference",
     "hub",
+    "saved_folder",
     "saved_files",
     "masking",
     "storage",

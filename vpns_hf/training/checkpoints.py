@@ -13,6 +13,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..saved_folder import sync_files
+
 logger = logging.getLogger(__name__)
 CHECKPOINT_FILES_NAME = "checkpoint_files.json"
 # Where a checkpoint is written before it takes its name.
@@ -28,11 +30,7 @@ def publish_checkpoint(written: Path, checkpoint: Path) -> None:
 
 def publish_folder(written: Path, folder: Path) -> None:
     """Move a complete folder to its final name in one step, replacing an earlier one."""
-    for path in written.rglob("*"):
-        if path.is_file():
-            # Else a machine that crashes could leave the new name with empty files behind it.
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
+    sync_files(written)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(written, folder)
 

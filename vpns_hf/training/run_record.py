@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..saved_folder import UNFINISHED, finish_replacing
 from .checkpoints import UNFINISHED_CHECKPOINT, damage, last_complete_checkpoint, remove, writing
 from .counters import Cost
 from .run_settings import check_settings
@@ -19,7 +20,7 @@ from .run_settings import check_settings
 STAGES_NAME = "stages.json"
 FIRST_STATE_NAME = "first_state.safetensors"
 MODEL_FOLDER = "model"
-_LEFTOVERS = (f"{STAGES_NAME}.tmp", "first_state.tmp", f"{MODEL_FOLDER}.tmp", UNFINISHED_CHECKPOINT, ".saving-*")
+_LEFTOVERS = (f"{STAGES_NAME}.tmp", "first_state.tmp", f"{MODEL_FOLDER}.tmp", UNFINISHED_CHECKPOINT, UNFINISHED)
 logger = logging.getLogger(__name__)
 
 
@@ -116,6 +117,7 @@ class RunRecord:
 
     def remove_leftovers(self) -> None:
         """Remove unfinished files of a run that was killed in this folder."""
+        finish_replacing(self.folder)
         for folder in [self.folder, *self.folder.glob("[0-9]*-*")]:
             for pattern in _LEFTOVERS:
                 for path in folder.glob(pattern):

@@ -335,10 +335,10 @@ class StageTrainer(Trainer):
         # As Trainer does it, but checkpoints are not packed and no pickle of the arguments is left beside the weights.
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder, model = Path(output_dir or self.args.output_dir), self.accelerator.unwrap_model(self.model)
         packed = False if folder.name.startswith(PREFIX_CHECKPOINT_DIR) else None
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, packed=packed, state_dict=state_dict)
-        if self.processing_class is not None:
+        model.save_pretrained(folder, packed=packed, state_dict=state_dict)
+        if self.processing_class not in (None, model.image_processor):
             self.processing_class.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
