@@ -231,10 +231,14 @@ def test_folders_on_file_systems_without_hard_links(tmp_path, monkeypatch):
 
 
 def test_a_failed_save_leaves_the_old_model_and_nothing_else(tmp_path):
+    def save():
+        with replacing(tmp_path) as folder:
+            (folder / "config.json").write_text('{"a": 1}')
+            raise OSError("full")
+
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(OSError, match="full"), replacing(tmp_path) as folder:
-        (folder / "config.json").write_text('{"a": 1}')
-        raise OSError("full")
+    with pytest.raises(OSError, match="full"):
+        save()
     assert files(tmp_path) == ["config.json"]
     assert (tmp_path / "config.json").read_text() == "{}"
 

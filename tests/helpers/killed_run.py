@@ -32,6 +32,7 @@ SETTINGS = dict(
     use_cpu=True,
 )
 WRITING = os.O_WRONLY | os.O_RDWR
+CHANGES = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "shutil.rmtree")
 
 
 class Signals(TrainerCallback):
@@ -65,9 +66,7 @@ class FileChanges:
     def _audit(self, event, arguments):
         if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & WRITING):
             return
-        if event in ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "shutil.rmtree") and self._is_ours(
-            arguments[0]
-        ):
+        if event in CHANGES and self._is_ours(arguments[0]):
             self._change(lambda: None)
 
     def _half_writing(self, write):
