@@ -23,6 +23,7 @@ FLOORS = (
     "hub",
     "saved_folder",
     "saved_files",
+    "locks",
     "masking",
     "storage",
     "data",

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import tiny_model
+from safetensors import SafetensorError
 from transformers import AutoModelForImageClassification, ViTImageProcessor, modeling_utils
 
 from vpns_hf import PromptedSparseModel
 from vpns_hf.cli.inspection import inspect_folder
-from vpns_hf.saved_folder import current_folder, replacing
+from vpns_hf.saved_folder import UnwrittenError, current_folder, replacing, writing
 
 WRITING = os.O_WRONLY | os.O_RDWR
 CHANGES = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir")
@@ -283,3 +285,66 @@ def test_killed_at_random_moments_while_models_are_overwritten(tmp_path):
     assert {"even", "odd"} == set(seen)
     models["even"].save_pretrained(tmp_path / "model")
     assert files(tmp_path / "model") == files(tmp_path / "even")
+
+
+# Permissions and full disks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+@pytest.mark.parametrize("form", FORMS)
+def test_saved_files_have_the_usual_permissions(umask, mode, form, tmp_path):
+    before = os.umask(umask)
+    try:
+        make_model(0.5).save_pretrained(tmp_path, **FORMS[form])
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_full_disk(form, tmp_path):
+    """One sentence that names the folder, and the old model stays."""
+    model = make_model(0.5)
+    model.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"^The model in /.* could not be written: File too large; .* as it was\.$"):
+            make_model(0.75).save_pretrained(tmp_path, **FORMS[form])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534\n#0 x"),
+            "the disk is full",
+        ),
+        (RuntimeError("basic_ios::clear: iostream error"), "the disk is full"),
+        (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), "File too large"),
+        (UnwrittenError("The model in x", "File too large"), "File too large"),
+    ],
+)
+def test_what_libraries_say_of_a_full_disk_is_one_sentence(error, reason, tmp_path):
+    def fail():
+        with writing("The checkpoint in y", tmp_path / "z", "; make room"):
+            (tmp_path / "z").mkdir()
+            raise error
+
+    with pytest.raises(OSError, match=rf"^The checkpoint in y could not be written: {reason}(, .*)?; make room\.$"):
+        fail()
+    assert not (tmp_path / "z").exists()
+
+
+def test_the_disk_is_not_blamed_for_other_errors(tmp_path):
+    def fail():
+        with writing("The checkpoint in y", tmp_path / "z"):
+            raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
+
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        fail()

@@ -8,17 +8,20 @@ take everything from `.saved` (see [`current_folder`]), until the other files ar
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
 UNFINISHED = ".saving-*"
 _COMPLETE = ".saved"
 _WEIGHTS = "model*.safetensors*"
+_TORCH_WRITER = ("inline_container", "basic_ios", "PytorchStreamWriter")
 
 
 @contextmanager
@@ -36,13 +39,16 @@ def replacing(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     # Of an earlier save that was killed: its model is the old one now.
     finish_replacing(folder)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED.rstrip("*")) as name:
-        written = Path(name) / "model"
+    unfinished = Path(tempfile.mkdtemp(dir=folder, prefix=UNFINISHED.rstrip("*")))
+    with writing(f"The model in {folder}", unfinished, "; what was there before is as it was"):
+        written = unfinished / "model"
         written.mkdir()
         yield written
         if (written / CONFIG_NAME).is_file():
+            share_files(written)
             sync_files(written)
             os.replace(written, folder / _COMPLETE)
+    remove(unfinished)
     finish_replacing(folder)
 
 
@@ -79,12 +85,79 @@ def current_folder(folder: Path) -> Path:
     return folder / _COMPLETE if is_switched else folder
 
 
+def share_files(folder: Path) -> None:
+    """Give the files of a model the permissions of its configuration: safetensors lets nobody but the owner read."""
+    mode = (folder / CONFIG_NAME).stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
 def sync_files(folder: Path) -> None:
     """Wait until all files of a folder are on the disk: a machine that crashes could leave them empty otherwise."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
+
+
+class UnwrittenError(OSError):
+    """A file or folder could not be written.
+
+    Args:
+        what: beginning of the sentence, naming the file.
+        reason: why, without a full stop.
+        advice: end of the sentence.
+    """
+
+    def __init__(self, what: str, reason: str, advice: str = ""):
+        super().__init__(f"{what} could not be written: {reason}{advice}.")
+        self.reason = reason
+
+
+@contextmanager
+def writing(what: str, temporary: Path | None = None, advice: str = "") -> Iterator[None]:
+    """Write a file or folder inside this context: a failure is reported in one sentence and leaves nothing behind.
+
+    Args:
+        what: beginning of the sentence, naming the file.
+        temporary: path that is written to; removed after a failure.
+        advice: end of the sentence: state of the earlier files and how to resume.
+
+    Raises:
+        UnwrittenError: the disk is full, the folder is read-only, or the like.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if temporary is not None:
+            remove(temporary)
+        if reason := _reason(error):
+            raise UnwrittenError(what, reason, advice) from error
+        raise
+
+
+def _reason(error: BaseException) -> str | None:
+    """Say why a file could not be written; None: the error is about something else."""
+    if isinstance(error, UnwrittenError):
+        return error.reason
+    if isinstance(error, OSError):
+        return error.strerror or str(error).rstrip(".")
+    text = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, SafetensorError):
+        return re.sub(r".*I/O error: (.*) \(os error \d+\)", r"\1", text)
+    # torch's writer in C++ does not say why.
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _TORCH_WRITER):
+        return "the disk is full, or takes no file of this size"
+    return None
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink()
 
 
 def _place(source: Path, target: Path) -> None:
@@ -98,4 +171,4 @@ def _place(source: Path, target: Path) -> None:
 
 def _remove_unfinished(folder: Path) -> None:
     for path in folder.glob(UNFINISHED):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(path)

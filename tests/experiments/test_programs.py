@@ -1,8 +1,11 @@
 """`vpns-hf prune | compare | transfer` and the scripts in `recipes/` are the same programs."""
 
+import io
 import json
+import shutil
 
 import pytest
+import yaml
 from helpers.recipes import RECIPES, failure, run, run_command, run_script
 
 from vpns_hf.cli import main
@@ -110,3 +113,62 @@ def test_bugs_are_not_hidden(monkeypatch):
 def test_scripts_hold_no_logic(script):
     code = (RECIPES / script).read_text(encoding="utf-8").split('"""')[2]
     assert len(code.strip().splitlines()) <= 12
+
+
+# Terminals and recipes -----------------------------------------------------------------------------------------------
+
+
+class AsciiTerminal(io.TextIOWrapper):
+    """A terminal that takes ASCII alone, as with LANG=C and PYTHONIOENCODING=ascii."""
+
+    def __init__(self):
+        super().__init__(io.BytesIO(), encoding="ascii")
+
+    def shown(self):
+        self.flush()
+        return self.buffer.getvalue().decode("ascii")
+
+
+@pytest.mark.parametrize("how", [run_script, run_command])
+def test_an_ascii_terminal_loses_nothing(how, task, monkeypatch):
+    """The folder is named in what is printed."""
+    terminal = AsciiTerminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    run(task, how=how, output_dir="./caf\u00e9", references=["none"], **STEPS)
+    files = {path.name for path in (task / "caf\u00e9").iterdir()}
+    assert {"recipe.yaml", "README.md", "card.json", "metrics.json", "results.md", "sparsity_report.json"} <= files
+    assert "caf\\xe9" in terminal.shown().replace("\n", "")
+
+
+def test_files_are_written_before_anything_is_printed(task, monkeypatch):
+    """Whatever the terminal does."""
+
+    def fail(self, *arguments, **kwargs):
+        raise UnicodeEncodeError("ascii", "\u00e9", 0, 1, "ordinal not in range(128)")
+
+    monkeypatch.setattr("rich.console.Console.print", fail)
+    cells = dict(sparsities=[0.5], seeds=[1], methods=["omp"])
+    transfer = cells | dict(dataset_name="", targets=["./data"], methods=["dense"])
+    programs = {"prune_vit.py": {"references": ["none"]}, "compare_methods.py": cells, "transfer.py": transfer}
+    for script, settings in programs.items():
+        with pytest.raises(SystemExit):
+            run(task, script=script, output_dir=f"./{script}", **STEPS | settings)
+        assert (task / script / "results.md").is_file()
+    assert (task / "prune_vit.py" / "README.md").is_file()
+
+
+def test_a_recipe_names_no_folder_of_the_machine(task, tmp_path_factory, monkeypatch):
+    """Paths below the working directory are relative to it, others are shortened to their names; it runs again."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree(task / "backbone", elsewhere / "pretrained")
+    monkeypatch.chdir(task)
+    run(task, model_name_or_path=str(elsewhere / "pretrained"), references=["none"], **STEPS)
+    text = (task / "out" / "recipe.yaml").read_text()
+    assert str(task) not in text
+    assert str(elsewhere) not in text
+    assert yaml.safe_load(text)["dataset_name"] == "data"
+    assert yaml.safe_load(text)["model_name_or_path"] == "pretrained"
+    assert "give the path again:\n# - model_name_or_path" in text
+    flags = ["--model_name_or_path", elsewhere / "pretrained", "--output_dir", "again"]
+    run_command("prune_vit.py", ["--config", "out/recipe.yaml", *flags])
+    assert (task / "again/model.safetensors").read_bytes() == (task / "out/model.safetensors").read_bytes()

@@ -174,13 +174,16 @@ class Transfer(CellRunner):
 
     def find(self, task: str, method: str, sparsity: float, seed: int) -> str:
         """Return the folder of the subnetwork that a method finds on a task, trained here unless it exists."""
-        cell = Cell(method, sparsity, seed, task, FIND)
+        cell, is_waiting = Cell(method, sparsity, seed, task, FIND), False
         while True:
             with self.turn(cell) as is_ours:
                 if is_ours:
                     self._find(cell)
             if broadcast_object_list([self.is_done(cell)])[0]:
                 return str(self.subnetwork_folder(cell))
+            if not is_waiting and PartialState().is_main_process:
+                print(f"[mask] {cell}: waiting for another launch, which is finding it in {self.folder}", flush=True)
+            is_waiting = True
             self.wait()
 
     def _find(self, cell: Cell) -> None:

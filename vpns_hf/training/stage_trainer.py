@@ -26,8 +26,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from ..data.batches import RoleCollator, RoleDataset, with_labels
 from ..masking import sharding
 from ..model.modeling import PromptedSparseModel
+from ..saved_folder import writing
 from .arguments import VPNsTrainingArguments
-from .checkpoints import UNFINISHED_CHECKPOINT, publish_checkpoint, writing
+from .checkpoints import UNFINISHED_CHECKPOINT, publish_checkpoint
 from .counters import Counters
 from .interruption import ignore_signals
 from .losses import mix_images, smoothed_loss
@@ -313,9 +314,8 @@ class StageTrainer(Trainer):
                 publish_checkpoint(written, folder / written.name)
                 shutil.rmtree(written.parent)
         if self.args.should_save:
-            rotate_checkpoints(
-                str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
+            # By step: a clock that was set back must not make the newest the oldest.
+            rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _check_finite(self) -> None:
