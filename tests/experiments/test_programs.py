@@ -3,10 +3,13 @@
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from datasets import DatasetDict, load_from_disk
 from helpers.recipes import RECIPES, failure, run, run_command, run_script
+from PIL import ImageOps
 
 from vpns_hf.cli import main
 
@@ -172,3 +175,60 @@ def test_a_recipe_names_no_folder_of_the_machine(task, tmp_path_factory, monkeyp
     flags = ["--model_name_or_path", elsewhere / "pretrained", "--output_dir", "again"]
     run_command("prune_vit.py", ["--config", "out/recipe.yaml", *flags])
     assert (task / "again/model.safetensors").read_bytes() == (task / "out/model.safetensors").read_bytes()
+
+
+# Cells ---------------------------------------------------------------------------------------------------------------
+
+
+def other_images(folder):
+    """Data of as many images and classes, of other images."""
+    splits = load_from_disk(folder / "data")
+    turned = {name: split.map(lambda row: {"image": ImageOps.mirror(row["image"])}) for name, split in splits.items()}
+    (folder / "other").mkdir()
+    DatasetDict(turned).save_to_disk(folder / "other" / "data")
+    return folder / "other" / "data"
+
+
+def test_data_sets_of_one_name_are_not_mixed(task, capsys):
+    """Neither in a comparison, nor as the target or the source of a transfer."""
+    cells = dict(methods=["omp"], sparsities=[0.5], seeds=[1]) | STEPS
+    other = str(other_images(task))
+    run(task, script="compare_methods.py", **cells)
+    message = failure(lambda: run(task, script="compare_methods.py", **cells | {"dataset_name": other}), capsys)
+    assert "holds cells of other settings" in message
+    shutil.copytree(task / "data", task / "target")
+    moves = cells | dict(output_dir="./moved", methods=["hydra"], targets=["./target"])
+    run(task, script="transfer.py", **moves)
+    message = failure(lambda: run(task, script="transfer.py", **moves | {"dataset_name": other}), capsys)
+    assert "holds cells of other settings" in message
+    alone = cells | dict(output_dir="./alone", dataset_name="")
+    run(task, script="transfer.py", targets=["./data"], **alone)
+    message = failure(lambda: run(task, script="transfer.py", targets=[other], **alone), capsys)
+    assert "holds cells of other settings" in message
+
+
+def test_folders_of_finished_cells_are_removed(task, monkeypatch):
+    """Also those that a launch left behind that was killed just after it wrote the line."""
+    cells = dict(methods=["omp"], sparsities=[0.5], seeds=[1]) | STEPS
+
+    class Killed(BaseException):
+        pass
+
+    def killed(folder, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vpns_hf.experiments.runner.shutil", SimpleNamespace(rmtree=killed))
+        with pytest.raises(Killed):
+            run(task, script="compare_methods.py", **cells)
+    assert list((task / "out" / "cells").iterdir())
+    run(task, script="compare_methods.py", **cells)
+    assert not (task / "out" / "cells").exists()
+    assert len(timeless(task / "out" / "results.jsonl")) == 1
+
+
+def test_lines_of_earlier_versions_are_still_reported(tmp_path):
+    demo = RECIPES / "comparison" / "demo"
+    shutil.copy(demo / "results.jsonl", tmp_path)
+    run_script("compare_methods.py", ["--only_report", "true", "--output_dir", tmp_path])
+    assert (tmp_path / "results.md").read_text() == (demo / "results.md").read_text()

@@ -148,9 +148,16 @@ class Transfer(CellRunner):
         return settings_digest(
             self.experiment(cell),
             source=changed_fields(self.source_args) or None,
+            found_on=self._found_on() or None,
             identity_source_head=wanted.identity_source_head or None,
             shared=[name and task_name(name) for name in shared] if any(shared) else None,
         )
+
+    def _found_on(self) -> list[dict[str, str]]:
+        """Return the digests of the data that masks and prompts are found on."""
+        other = self.wanted.prompt_dataset_name
+        names = (self.source, None if other is None else task_name(other))
+        return [self.finders[name].splits.content_digests for name in names if name is not None]
 
     def is_done(self, cell: Cell) -> bool:
         """Return whether the cell has its line, or its subnetwork where it finds one."""
