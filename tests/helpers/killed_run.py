@@ -87,7 +87,7 @@ class FileChanges:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(folder, log, fatal=0, signals=(), pipe=None, **settings):
+def train(folder, log, fatal=0, signals=(), pipe=None, callbacks=(), **settings):
     """Start or go on with the run in a folder, to the end; exits as a recipe does.
 
     Args:
@@ -95,6 +95,7 @@ def train(folder, log, fatal=0, signals=(), pipe=None, **settings):
         log: file that takes what the run prints.
         fatal: see `FileChanges`.
         signals: arguments of `Signals`.
+        callbacks: further callbacks.
         pipe: gets a message when training begins, and the number of file changes at the end.
         settings: training arguments that differ from `SETTINGS`.
     """
@@ -114,7 +115,7 @@ def train(folder, log, fatal=0, signals=(), pipe=None, **settings):
         train_dataset=data,
         prompted_train_dataset=Images(16, augment=False),
         eval_dataset=Images(8, augment=False),
-        callbacks=[Signals(*signals)] if signals else None,
+        callbacks=[*callbacks, *([Signals(*signals)] if signals else [])],
     )
     changes = FileChanges(folder, fatal)
     if pipe is not None:
