@@ -2,7 +2,7 @@
 PYTHON = .venv/bin/python
 PROCESSES = 2
 
-.PHONY: help test test-all test-slow test-distributed test-interruption test-lowest fuzz benchmarks lint
+.PHONY: help test test-all test-slow test-distributed test-interruption kills test-lowest fuzz benchmarks lint
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -23,6 +23,10 @@ test-distributed: ## tests that launch several processes, slow ones too
 
 test-interruption: ## runs that are killed and resumed, slow ones too
 	$(PYTHON) -m pytest -m "slow or not slow" tests/training/test_interruption.py tests/training/test_faults.py
+
+kills: ## 100 runs killed at random moments, 20 stopped by signals to their groups, and every kill point of a save
+	PYTHONPATH=tests $(PYTHON) tests/helpers/kill_runs.py
+	$(PYTHON) -m pytest -m "slow or not slow" tests/test_saved_folder.py
 
 test-lowest: ## all tests but the slow ones, with the lowest version of every direct dependency; needs uv
 	uv venv --clear --python 3.11 .venv-lowest

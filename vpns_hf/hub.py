@@ -36,6 +36,7 @@ from huggingface_hub.errors import (
 from transformers.utils import cached_file
 
 from .saved_files import check_published
+from .saved_folder import finish_replacing
 from .storage.header import PackedFormatError
 from .version import __version__
 
@@ -87,7 +88,9 @@ def push_folder(
             its name says, or the metadata of the card are not valid.
         OSError: the Hub cannot be reached or refuses.
     """
-    folder, paths = Path(folder), published_files(folder)
+    folder = Path(folder)
+    finish_replacing(folder)
+    paths = published_files(folder)
     if "config.json" not in paths or not any(map(_holds_weights, paths)):
         raise ValueError(f"{folder} holds no saved model: expected config.json and model.safetensors in it.")
     check_published(folder, paths)

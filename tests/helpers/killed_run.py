@@ -32,6 +32,7 @@ SETTINGS = dict(
     use_cpu=True,
 )
 WRITING = os.O_WRONLY | os.O_RDWR
+CHANGES = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "shutil.rmtree")
 
 
 class Signals(TrainerCallback):
@@ -65,7 +66,7 @@ class FileChanges:
     def _audit(self, event, arguments):
         if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & WRITING):
             return
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "shutil.rmtree") and self._is_ours(arguments[0]):
+        if event in CHANGES and self._is_ours(arguments[0]):
             self._change(lambda: None)
 
     def _half_writing(self, write):
@@ -86,7 +87,7 @@ class FileChanges:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(folder, log, fatal=0, signals=(), pipe=None, **settings):
+def train(folder, log, fatal=0, signals=(), pipe=None, callbacks=(), **settings):
     """Start or go on with the run in a folder, to the end; exits as a recipe does.
 
     Args:
@@ -94,6 +95,7 @@ def train(folder, log, fatal=0, signals=(), pipe=None, **settings):
         log: file that takes what the run prints.
         fatal: see `FileChanges`.
         signals: arguments of `Signals`.
+        callbacks: further callbacks.
         pipe: gets a message when training begins, and the number of file changes at the end.
         settings: training arguments that differ from `SETTINGS`.
     """
@@ -113,7 +115,7 @@ def train(folder, log, fatal=0, signals=(), pipe=None, **settings):
         train_dataset=data,
         prompted_train_dataset=Images(16, augment=False),
         eval_dataset=Images(8, augment=False),
-        callbacks=[Signals(*signals)] if signals else None,
+        callbacks=[*callbacks, *([Signals(*signals)] if signals else [])],
     )
     changes = FileChanges(folder, fatal)
     if pipe is not None:

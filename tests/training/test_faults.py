@@ -6,6 +6,8 @@ import logging
 import os
 import resource
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from helpers.killed_run import finished_stages, leftovers
 from helpers.models import tiny_model
 from helpers.states import assert_same_state
 from helpers.training import Images, fresh, make_trainer
+from transformers import TrainerCallback
 
 from vpns_hf import PromptedSparseModel
 from vpns_hf.training.checkpoints import damage, last_complete_checkpoint
@@ -109,17 +112,31 @@ def test_folder_that_cannot_be_written_fails_before_training(tmp_path, monkeypat
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     monkeypatch.setattr("io.open", refuse)
-    with pytest.raises(
-        OSError, match=r"The record of the run, .*stages\.json, could not be written: Permission denied"
-    ):
+    with pytest.raises(OSError, match=r"run\.lock may not be written: .* its folder may only be read"):
         trainer.train()
+
+
+def test_checkpoints_rotate_by_step_and_not_by_the_clock(tmp_path):
+    """A clock that is set back after each save makes the newest checkpoint the oldest."""
+
+    class Clock(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            for path in Path(args.output_dir).glob("checkpoint-*"):
+                future = time.time() + 86_400 * (1000 - int(path.name.split("-")[1]))
+                os.utime(path, (future, future))
+
+    trainer = make_trainer(tmp_path, fresh(), **SAVING, max_steps=6, save_total_limit=2, callbacks=[Clock()])
+    trainer.train()
+    for stage in ("0-search", "1-tune"):
+        kept = sorted(path.name for path in (tmp_path / stage).glob("checkpoint-*"))
+        assert kept == ["checkpoint-4", "checkpoint-6"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_read_only_folder(tmp_path):
     trainer = make_trainer(tmp_path, fresh(), **SAVING)
     tmp_path.chmod(0o555)
-    with pytest.raises(OSError, match=r"stages\.json, could not be written: Permission denied"):
+    with pytest.raises(OSError, match=r"run\.lock may not be written"):
         trainer.train()
 
 

@@ -58,7 +58,7 @@ def export(args: argparse.Namespace) -> None:
                 f"The backbone is a {type(model.backbone).__name__} of transformers, which timm cannot load; use "
                 "`--format transformers`."
             )
-        export_plain(model, args.out, _image_processor(folder), args.use_prompt)
+        export_plain(model, args.out, model.image_processor, args.use_prompt)
     print(f"Written to {args.out}.")
 
 
@@ -103,7 +103,7 @@ def evaluate(args: argparse.Namespace) -> None:
         token=args.token,
     )
     images = _with_labels_of(model, images)
-    accuracies = _accuracies(model, _image_processor(folder), images, args.batch_size)
+    accuracies = _accuracies(model, model.image_processor, images, args.batch_size)
     if accuracies is None:
         return
     if args.json:
@@ -160,12 +160,6 @@ def _folder(args: argparse.Namespace) -> Path:
                 args.model, revision=args.revision, token=args.token, allow_patterns=list(PUBLISHED_FILES)
             )
         )
-
-
-def _image_processor(folder: Path) -> BaseImageProcessor | None:
-    from ..model.loading import load_image_processor
-
-    return load_image_processor(str(folder), {})
 
 
 def _with_labels_of(model: PromptedSparseModel, images: Dataset) -> Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 
 from safetensors import SafetensorError
 
@@ -18,12 +19,17 @@ EXPECTED_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, Safeten
 def exit_in_one_sentence(program: str) -> Iterator[None]:
     """Turn expected errors within a `with` block into one line on stderr and an exit code.
 
+    Characters that the terminal cannot show are printed as escapes from then on, instead of ending the program.
+
     Args:
         program: name in front of the sentence.
 
     Raises:
         SystemExit: 2 for one of `EXPECTED_ERRORS`, 130 for Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except EXPECTED_ERRORS as error:

@@ -19,6 +19,7 @@ from .. import masking, storage
 from ..model.configuration import PromptedSparseConfig
 from ..model.sparsity import KeptEntries, KeptInLayers
 from ..saved_files import MAX_CARD, MAX_YAML, check_weights, read_json, read_text, read_yaml
+from ..saved_folder import current_folder
 
 WEIGHT_FILES = "model*.safetensors"
 MAX_LAYERS = 10_000
@@ -92,8 +93,9 @@ def inspect_folder(folder: Path) -> StoredSubnetwork:
         ValueError: a file is damaged, or the folder holds another kind of model.
         OSError: a file is missing.
     """
-    config = _read_config(folder)
-    files = sorted(folder.glob(WEIGHT_FILES))
+    model_folder = current_folder(folder)
+    config = _read_config(model_folder)
+    files = sorted(model_folder.glob(WEIGHT_FILES))
     for file in files:
         check_weights(file)
     if not files:

@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +65,11 @@ class TransferSplits(DatasetDict):
     def digests(self) -> dict[str, str]:
         """Hash the row numbers of each split: two runs with the same digests saw the same images."""
         return {name: f"{rows.split} {rows.digest}" for name, rows in self.rows.items()}
+
+    @cached_property
+    def content_digests(self) -> dict[str, str]:
+        """Hash the contents of each split, see [`SplitView.content_digest`]."""
+        return {name: SplitView(split, self.rows[name]).content_digest() for name, split in self.items()}
 
     def save_rows(self, path: str | Path) -> None:
         """Write the row numbers as JSON: `{"train": {"split": "train", "rows": [...], "sha256": ...}, ...}`."""

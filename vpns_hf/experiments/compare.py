@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers.utils import logging
 
 from ..methods.table import get_method
+from ..saved_folder import writing
 from ..training.arguments import VPNsTrainingArguments
 from .arguments import DataArguments, DryRunArguments, ModelArguments, check_sparsities
 from .dry_run import PlannedRun, dry_run
@@ -121,13 +122,12 @@ class Comparison(CellRunner):
         dry_run(PlannedRun(method, self.experiment, self.arguments(firsts[method])) for method in self.wanted.methods)
 
     def report(self) -> None:
-        """Print the table, and write `results.md` and `accuracy.png`."""
+        """Write `results.md` and `accuracy.png`, and only then print the table."""
         results = read_results(self.results)
         if not results:
             raise ValueError(f"{self.results} holds no cell yet; run some before you ask for the report.")
         methods, sparsities = self.wanted.methods, sorted(self.wanted.sparsities)
         paper = _read_paper_numbers(self.wanted.paper_numbers)
-        Console().print(comparison_table(results, methods, sparsities, paper))
         explained = "\n".join(f"- `{method}`: {get_method(method).description}" for method in methods)
         parts = (
             summary_markdown(results, methods, sparsities),
@@ -135,9 +135,11 @@ class Comparison(CellRunner):
             comparison_markdown(results, methods, sparsities, paper),
             explained,
         )
-        (self.folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         controls = {name for name in methods if get_method(name).is_control}
-        plot_comparison(results, self.folder / "accuracy.png", controls=controls)
+        with writing(f"The report in {self.folder}", advice="; the results are saved, so make room and report again"):
+            (self.folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+            plot_comparison(results, self.folder / "accuracy.png", controls=controls)
+        Console().print(comparison_table(results, methods, sparsities, paper))
 
 
 def _read_paper_numbers(path: str | None) -> Mapping[tuple[str, float], float] | None:

@@ -23,6 +23,7 @@ from ..report.model_card import SubnetworkCard
 from ..report.prompt import plot_prompt
 from ..report.tables import Result, blocks_table, results_markdown, results_table
 from ..report.training import plot_training
+from ..saved_folder import writing
 from ..training.trainer import VPNsTrainer
 from .arguments import PruneArguments
 from .experiment import Experiment
@@ -107,22 +108,32 @@ class PruningReport:
 
 
 def write_report(report: PruningReport) -> None:
-    """Print the tables and write numbers, figures and card into the output folder."""
-    folder, results = report.folder, report.results
-    sparsity = report.trainer.model.sparsity_report()
+    """Write numbers, figures and card into the output folder, and only then print the tables.
+
+    Raises:
+        OSError: a file cannot be written; the model is saved already.
+    """
+    advice = "; the model in it is saved, so make room and resume, which writes the report"
+    with writing(f"The report in {report.folder}", advice=advice):
+        _write_files(report)
     console = Console()
     images = report.experiment.splits["test"].num_rows
-    console.print(results_table(results, title=f"Test split, {images:,} images"))
-    console.print(blocks_table(sparsity))
+    console.print(results_table(report.results, title=f"Test split, {images:,} images"))
+    console.print(blocks_table(report.trainer.model.sparsity_report()))
+    console.print(f"The pruned model, its numbers and figures are in {report.folder}.")
+
+
+def _write_files(report: PruningReport) -> None:
+    folder, results = report.folder, report.results
     (folder / "recipe.yaml").write_text(_provenance(report), encoding="utf-8")
     (folder / "results.md").write_text(results_markdown(results) + "\n", encoding="utf-8")
+    sparsity = report.trainer.model.sparsity_report()
     (folder / "sparsity_report.json").write_text(sparsity.to_json(), encoding="utf-8")
     (folder / "metrics.json").write_text(json.dumps(_metrics(report), indent=2), encoding="utf-8")
     _draw_figures(report)
     card = _card(report)
     (folder / "card.json").write_text(card.to_json(), encoding="utf-8")
     card.save(folder / "README.md")
-    console.print(f"The pruned model, its numbers and figures are in {folder}.")
 
 
 def _metrics(report: PruningReport) -> dict[str, Any]:
@@ -197,8 +208,10 @@ def _provenance(report: PruningReport) -> str:
         experiment.args.to_dict(),
         asdict(report.prune_args),
     )
-    arguments = {key: _portable(value) for group in groups for key, value in group.items()} | {"token": None}
+    given = {key: value for group in groups for key, value in group.items()} | {"token": None}
+    arguments = {key: _portable(value) for key, value in given.items()}
     facts = {
+        "shortened to the name, so give the path again": [key for key in given if _is_elsewhere(given[key])],
         "packages": {name: version(name) for name in PACKAGES},
         "images": {name: split.num_rows for name, split in experiment.splits.items()},
         "rows": experiment.splits.digests(),
@@ -208,10 +221,18 @@ def _provenance(report: PruningReport) -> str:
 
 
 def _portable(value: Any) -> Any:
-    """Make a path below the working directory relative to it: the rest means nothing to others."""
-    here = Path.cwd()
-    is_below = isinstance(value, str) and Path(value).is_absolute() and Path(value).is_relative_to(here)
-    return str(Path(value).relative_to(here)) if is_below else value
+    """Make a path below the working directory relative to it, and shorten others to their name.
+
+    Folders of a machine mean nothing to others, and may name its user.
+    """
+    if _is_elsewhere(value):
+        return Path(value).name
+    is_path = isinstance(value, str) and Path(value).is_absolute()
+    return str(Path(value).relative_to(Path.cwd())) if is_path else value
+
+
+def _is_elsewhere(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).is_absolute() and not Path(value).is_relative_to(Path.cwd())
 
 
 def _public_name(path: str) -> str:

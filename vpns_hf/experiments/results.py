@@ -12,11 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from filelock import FileLock, Timeout
+from ..locks import lock
+from ..saved_folder import writing
 
 logger = logging.getLogger(__name__)
 DENSE = "dense"
 FULL = "full"
+# Seconds to wait for another process that appends a line, which takes milliseconds.
+_PATIENCE = 60
 
 
 @dataclass(frozen=True)
@@ -204,12 +207,16 @@ def append_result(path: str | os.PathLike[str], result: CellResult) -> None:
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         # Half of a line that another process is writing would look truncated.
-        with FileLock(f"{path}.lock"):
+        with lock(path.with_name(f"{path.name}.lock"), _PATIENCE) as is_ours:
+            if not is_ours:
+                raise OSError(
+                    f"Another process has been writing to {path} for {_PATIENCE} seconds; the result is lost."
+                )
             line = f"{_end_cut_off_line(file)}{result.to_line()}\n".encode()
-            written = os.write(file, line)
-        if written < len(line):
-            raise OSError(f"A result was cut off while it was written to {path}.")
-        os.fsync(file)
+            with writing(f"A result in {path}", advice="; make room and start again, which adds it"):
+                if os.write(file, line) < len(line):
+                    raise OSError("the disk is full")
+                os.fsync(file)
     finally:
         os.close(file)
 
@@ -243,18 +250,11 @@ def claim(folder: str | os.PathLike[str], cell: Cell) -> Iterator[bool]:
 
     Returns:
         Whether the claim was won.
+
+    Raises:
+        OSError: the lock file belongs to another user, or the file system has no working locks.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     parts = (cell.method, cell.sparsity, cell.seed, cell.task, cell.mode)
     name = quote("-".join(str(part) for part in parts if part is not None) + ".lock", safe="")
-    lock = FileLock(folder / name, blocking=False)
-    try:
-        lock.acquire()
-        won = True
-    except Timeout:
-        won = False
-    try:
+    with lock(Path(folder) / name) as won:
         yield won
-    finally:
-        lock.release()

@@ -8,7 +8,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class CellRunner(ABC):
             with self.turn(cell) as is_ours:
                 if is_ours:
                     self._finish(self.run_cell(cell), f"[cell {index + 1} of {len(cells)}]")
+        with suppress(OSError):  # cells of other launches are in it
+            (self.folder / "cells").rmdir()
 
     @contextmanager
     def turn(self, cell: Cell) -> Iterator[bool]:
@@ -65,6 +67,9 @@ class CellRunner(ABC):
         with claim(self.folder, cell) if main_process else nullcontext(False) as is_ours:
             # Every process reads, so that all of them meet an error. Another launch may have finished the cell.
             is_done = self.is_done(cell)
+            if is_ours and is_done:
+                # Of a launch that was killed when the cell was done.
+                shutil.rmtree(self.cell_folder(cell), ignore_errors=True)
             yield broadcast_object_list([is_ours and not is_done])[0]
 
     def is_done(self, cell: Cell) -> bool:
@@ -157,7 +162,7 @@ def changed_fields(arguments: Any) -> dict[str, Any]:
         for value in [getattr(arguments, entry.name)]
         if entry.init and entry.name not in _NOT_A_SETTING and value != entry.default
     }
-    # By name, wherever the files are.
+    # By name, wherever the files are: the digest of the data says which they are.
     paths = ("model_name_or_path", "dataset_name")
     return changed | {name: Path(changed[name]).name for name in paths if name in changed}
 
@@ -169,7 +174,8 @@ def settings_digest(experiment: Experiment, **further: Any) -> str:
         experiment: backbone, data and arguments of training.
         further: further settings by name; None counts as absent.
     """
-    settings: dict[str, Any] = {"images": {name: split.num_rows for name, split in experiment.splits.items()}}
+    # By contents, because two data sets may have folders of one name.
+    settings: dict[str, Any] = {"images": experiment.splits.content_digests}
     for group in (experiment.model_args, experiment.data_args, experiment.args):
         settings |= changed_fields(group)
     settings |= {name: value for name, value in further.items() if value is not None}

@@ -12,6 +12,7 @@ from rich.markdown import Markdown
 from transformers.utils import logging
 
 from ..model.modeling import PromptedSparseModel
+from ..saved_folder import writing
 from ..training.arguments import VPNsTrainingArguments
 from .arguments import ModelArguments
 from .dry_run import PlannedRun, dry_run
@@ -81,10 +82,11 @@ def _stand_in(transfer: Transfer, cell: Cell) -> Callable[[PromptedSparseModel],
 
 
 def report(transfer: Transfer) -> None:
-    """Print the tables and write `results.md`.
+    """Write `results.md`, and only then print the tables.
 
     Raises:
         ValueError: no cell of these targets has a line yet.
+        OSError: the file cannot be written.
     """
     wanted = transfer.wanted
     results = [result for result in read_results(transfer.results) if result.task in transfer.targets]
@@ -94,7 +96,6 @@ def report(transfer: Transfer) -> None:
     own = [] if transfer.shared_sparsity is None else [transfer.shared_sparsity]
     sparsities = sorted({*transfer.sparsities, *own})
     summary = transfer_markdown(results, list(transfer.targets), rows, sparsities)
-    Console().print(Markdown(summary))
     parts = [summary]
     for task in transfer.targets:
         of_task = [result for result in results if result.task == task]
@@ -104,4 +105,6 @@ def report(transfer: Transfer) -> None:
             comparison_markdown(of_task, rows, sparsities),
         ]
     parts.append("\n".join(f"- `{mode}`: {MODES[mode].description}" for mode in wanted.modes))
-    (transfer.folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    with writing(f"The report in {transfer.folder}", advice="; the results are saved, so make room and report again"):
+        (transfer.folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    Console().print(Markdown(summary))

@@ -148,9 +148,16 @@ class Transfer(CellRunner):
         return settings_digest(
             self.experiment(cell),
             source=changed_fields(self.source_args) or None,
+            found_on=self._found_on() or None,
             identity_source_head=wanted.identity_source_head or None,
             shared=[name and task_name(name) for name in shared] if any(shared) else None,
         )
+
+    def _found_on(self) -> list[dict[str, str]]:
+        """Return the digests of the data that masks and prompts are found on."""
+        other = self.wanted.prompt_dataset_name
+        names = (self.source, None if other is None else task_name(other))
+        return [self.finders[name].splits.content_digests for name in names if name is not None]
 
     def is_done(self, cell: Cell) -> bool:
         """Return whether the cell has its line, or its subnetwork where it finds one."""
@@ -174,13 +181,16 @@ class Transfer(CellRunner):
 
     def find(self, task: str, method: str, sparsity: float, seed: int) -> str:
         """Return the folder of the subnetwork that a method finds on a task, trained here unless it exists."""
-        cell = Cell(method, sparsity, seed, task, FIND)
+        cell, is_waiting = Cell(method, sparsity, seed, task, FIND), False
         while True:
             with self.turn(cell) as is_ours:
                 if is_ours:
                     self._find(cell)
             if broadcast_object_list([self.is_done(cell)])[0]:
                 return str(self.subnetwork_folder(cell))
+            if not is_waiting and PartialState().is_main_process:
+                print(f"[mask] {cell}: waiting for another launch, which is finding it in {self.folder}", flush=True)
+            is_waiting = True
             self.wait()
 
     def _find(self, cell: Cell) -> None:

@@ -20,6 +20,7 @@ from ..model.backbones import native_size
 from ..model.configuration import PromptedSparseConfig
 from ..model.modeling import PromptedSparseModel
 from ..model.tensor_shapes import build_backbone
+from ..saved_folder import share_files
 from .folding import Placement, fold_prompt, placing_processor
 from .timm import save_timm
 
@@ -111,6 +112,7 @@ def export_plain(
             plain.save_pretrained(complete)
             if image_processor is not None:
                 image_processor.save_pretrained(complete)
+        share_files(complete)
         os.replace(complete, folder)
 
 

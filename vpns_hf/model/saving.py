@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from transformers.utils import CONFIG_NAME
 from .. import hub
 from ..masking.frozen import check_zeros
 from ..saved_files import read_json
+from ..saved_folder import current_folder, replacing
 from . import packed_shards
 from .labels import share_labels
 from .loading import in_one_sentence, load_image_processor, no_larger_than
@@ -49,26 +49,18 @@ def save(
             "`freeze_masks()` first."
         )
     share_labels(model.config, model.config.backbone_config)
-    folder = Path(save_directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+    with replacing(Path(save_directory)) as folder:
         if packed or (packed is None and model.config.state == "frozen"):
-            _save_packed(model, name, save_plain, **kwargs)
+            _save_packed(model, folder, save_plain, **kwargs)
         else:
-            save_plain(name, **kwargs)
+            save_plain(str(folder), **kwargs)
         if model.image_processor is not None and kwargs.get("is_main_process", True):
-            model.image_processor.save_pretrained(name)
-        weights = list(Path(name).glob("*.safetensors"))
-        # Processes other than the main one write no weights and must not remove those that it wrote.
-        for stale in folder.glob("model*.safetensors*") if weights else ():
-            stale.unlink()
-        for file in Path(name).iterdir():
-            os.replace(file, folder / file.name)
+            model.image_processor.save_pretrained(folder)
 
 
 def _save_packed(
     model: PromptedSparseModel,
-    folder: str,
+    folder: Path,
     save_plain: Callable[..., None],
     state_dict: dict[str, Tensor] | None = None,
     **kwargs: Any,
@@ -77,11 +69,11 @@ def _save_packed(
     names = ("max_shard_size", "variant", "save_original_format")
     options = {name: kwargs.pop(name) for name in names if name in kwargs}
     # Everything but the weights; where this process is to write them, a file with one number stands for them.
-    save_plain(folder, state_dict={"placeholder": torch.zeros(1)}, **kwargs)
-    for placeholder in Path(folder).glob("*.safetensors"):
+    save_plain(str(folder), state_dict={"placeholder": torch.zeros(1)}, **kwargs)
+    for placeholder in folder.glob("*.safetensors"):
         placeholder.unlink()
         state = model.state_dict() if state_dict is None else state_dict
-        packed_shards.save_weights(Path(folder), model, state, **options)
+        packed_shards.save_weights(folder, model, state, **options)
 
 
 def load(
@@ -109,7 +101,14 @@ def load(
         if config_file is not None:
             read_json(Path(config_file))  # refuses what transformers would stumble over
         with in_one_sentence(name):
-            return _load(model_class, name, load_plain, *args, **kwargs)
+            wants_info = kwargs.pop("output_loading_info", False)
+            folder = Path(name, kwargs.get("subfolder") or "")
+            if (current := current_folder(folder)) == folder:
+                model, info = _load(model_class, name, load_plain, *args, **kwargs)
+            else:
+                model, info = _load(model_class, str(current), load_plain, *args, **kwargs | {"subfolder": ""})
+            model.name_or_path = model.config.name_or_path = name
+            return (model, info) if wants_info else model
 
 
 def _load(
@@ -118,8 +117,7 @@ def _load(
     load_plain: Callable[..., tuple[PromptedSparseModel, dict[str, Any]]],
     *args: Any,
     **kwargs: Any,
-) -> Any:
-    wants_info = kwargs.pop("output_loading_info", False)
+) -> tuple[PromptedSparseModel, dict[str, Any]]:
     files = packed_shards.find_packed_files(
         name, lambda file: hub.find_file(name, file, kwargs), kwargs.get("variant")
     )
@@ -144,10 +142,9 @@ def _load(
     check_prompt(model)
     if model.config.state == "frozen":
         check_zeros(model.prunable_weights(), model.masks(), f"{name} is damaged or was not saved by this library")
-    model.name_or_path = model.config.name_or_path = name
     model._mask_gradients()
     model.image_processor = load_image_processor(name, kwargs)
-    return (model, info) if wants_info else model
+    return model, info
 
 
 def check_prompt(model: PromptedSparseModel) -> None:

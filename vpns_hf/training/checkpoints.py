@@ -6,14 +6,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..saved_folder import sync_files
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_FILES_NAME = "checkpoint_files.json"
@@ -30,11 +29,7 @@ def publish_checkpoint(written: Path, checkpoint: Path) -> None:
 
 def publish_folder(written: Path, folder: Path) -> None:
     """Move a complete folder to its final name in one step, replacing an earlier one."""
-    for path in written.rglob("*"):
-        if path.is_file():
-            # Else a machine that crashes could leave the new name with empty files behind it.
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
+    sync_files(written)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(written, folder)
 
@@ -62,36 +57,6 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
             return path
         logger.warning("%s is half-written (%s), so it is passed over.", path, wrong)
     return None
-
-
-@contextmanager
-def writing(what: str, temporary: Path, advice: str = "") -> Iterator[None]:
-    """Write a file or folder inside this context: a failure is reported in one sentence and leaves nothing behind.
-
-    Args:
-        what: beginning of the sentence, naming the file.
-        temporary: path that is written to; removed after a failure.
-        advice: end of the sentence: state of the earlier files and how to resume.
-
-    Raises:
-        OSError: the disk is full, the folder is read-only, or the like.
-    """
-    try:
-        yield
-    # torch and safetensors have errors of their own for a full disk.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        remove(temporary)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise OSError(f"{what} could not be written: {reason.rstrip('.')}{advice}.") from error
-
-
-def remove(path: Path) -> None:
-    """Remove a file or folder if it exists."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    with suppress(OSError):
-        path.unlink()
 
 
 def is_at_the_end(checkpoint: Path) -> bool:

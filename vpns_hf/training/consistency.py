@@ -106,3 +106,9 @@ def hash_tensor(tensor: Tensor) -> Tensor:
 @functools.cache
 def _factors(device: torch.device) -> Tensor:
     return (torch.arange(_CHUNK, device=device) * _SPREAD) | 1
+
+
+def keep_masks_from_ddp(model: PromptedSparseModel) -> None:
+    """Let DDP send no masks before every forward: they follow from the scores on every process."""
+    masks = {id(mask) for mask in model.masks().values()}
+    model._ddp_params_and_buffers_to_ignore = [name for name, buffer in model.named_buffers() if id(buffer) in masks]

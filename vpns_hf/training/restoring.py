@@ -12,18 +12,24 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..model.modeling import PromptedSparseModel
-from .checkpoints import publish_folder, writing
+from ..saved_folder import writing
+from .checkpoints import publish_folder
 from .plan import StagePlan
 from .run_record import MODEL_FOLDER
 
 
 def save_first_state(model: PromptedSparseModel, path: Path) -> None:
-    """Save the backbone's parameters and buffers atomically, for stages that rewind to them."""
+    """Save the backbone's parameters and buffers atomically, for stages that rewind to them.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     state = model.backbone_state()
-    save_file({name: tensor.detach().clone() for name, tensor in state.items()}, temporary)
-    os.replace(temporary, path)
+    with writing(f"The state that stages rewind to, {path},", temporary, "; make room and start again"):
+        save_file({name: tensor.detach().clone() for name, tensor in state.items()}, temporary)
+        os.replace(temporary, path)
 
 
 def save_stage(model: PromptedSparseModel, state: TrainerState, plan: StagePlan) -> None:

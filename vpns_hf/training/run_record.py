@@ -5,22 +5,51 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import UNFINISHED_CHECKPOINT, damage, last_complete_checkpoint, remove, writing
+from ..locks import lock
+from ..saved_folder import UNFINISHED, finish_replacing, remove, writing
+from .checkpoints import UNFINISHED_CHECKPOINT, damage, last_complete_checkpoint
 from .counters import Cost
 from .run_settings import check_settings
 
 STAGES_NAME = "stages.json"
+LOCK_NAME = "run.lock"
+# Seconds that data-loader workers of a killed run may outlive it, and hold its lock.
+_PATIENCE = 10.0
 FIRST_STATE_NAME = "first_state.safetensors"
 MODEL_FOLDER = "model"
-_LEFTOVERS = (f"{STAGES_NAME}.tmp", "first_state.tmp", f"{MODEL_FOLDER}.tmp", UNFINISHED_CHECKPOINT, ".saving-*")
+_LEFTOVERS = (f"{STAGES_NAME}.tmp", "first_state.tmp", f"{MODEL_FOLDER}.tmp", UNFINISHED_CHECKPOINT, UNFINISHED)
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def only_run(run_folder: Path, is_main_process: bool) -> Iterator[None]:
+    """Keep other runs from training in a folder for the length of a `with` block.
+
+    Args:
+        run_folder: output folder of the run.
+        is_main_process: whether this is the process that locks the folder for all of the run.
+
+    Raises:
+        ValueError: another run is training there.
+        OSError: the folder cannot be written.
+    """
+    if not is_main_process:
+        yield
+        return
+    with lock(run_folder / LOCK_NAME, _PATIENCE) as is_ours:
+        if not is_ours:
+            raise ValueError(
+                f"Another run is training in {run_folder}; wait until it has ended, or choose another `output_dir`."
+            )
+        yield
 
 
 def stage_folder(run_folder: Path, index: int, name: str) -> Path:
@@ -121,6 +150,7 @@ class RunRecord:
 
     def remove_leftovers(self) -> None:
         """Remove unfinished files of a run that was killed in this folder."""
+        finish_replacing(self.folder)
         for folder in [self.folder, *self.folder.glob("[0-9]*-*")]:
             for pattern in _LEFTOVERS:
                 for path in folder.glob(pattern):

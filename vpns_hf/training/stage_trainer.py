@@ -26,8 +26,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from ..data.batches import RoleCollator, RoleDataset, with_labels
 from ..masking import sharding
 from ..model.modeling import PromptedSparseModel
+from ..saved_folder import writing
 from .arguments import VPNsTrainingArguments
-from .checkpoints import UNFINISHED_CHECKPOINT, is_at_the_end, publish_checkpoint, writing
+from .checkpoints import UNFINISHED_CHECKPOINT, is_at_the_end, publish_checkpoint
 from .counters import Counters
 from .interruption import ignore_signals
 from .losses import mix_images, smoothed_loss
@@ -315,9 +316,8 @@ class StageTrainer(Trainer):
                 publish_checkpoint(written, folder / written.name)
                 shutil.rmtree(written.parent)
         if self.args.should_save:
-            rotate_checkpoints(
-                str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
+            # By step: a clock that was set back must not make the newest the oldest.
+            rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _check_finite(self) -> None:
@@ -337,10 +337,10 @@ class StageTrainer(Trainer):
         # As Trainer does it, but checkpoints are not packed and no pickle of the arguments is left beside the weights.
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder, model = Path(output_dir or self.args.output_dir), self.accelerator.unwrap_model(self.model)
         packed = False if folder.name.startswith(PREFIX_CHECKPOINT_DIR) else None
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, packed=packed, state_dict=state_dict)
-        if self.processing_class is not None:
+        model.save_pretrained(folder, packed=packed, state_dict=state_dict)
+        if self.processing_class not in (None, model.image_processor):
             self.processing_class.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

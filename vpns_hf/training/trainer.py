@@ -30,7 +30,7 @@ from ..model.modeling import PromptedSparseModel
 from .arguments import VPNsTrainingArguments
 from .callbacks import CheckpointControl, LabelMappingUpdates, MaskUpdates, PushCheckpoints
 from .checks import check_data, check_model, check_processes, check_stages, check_state
-from .consistency import ConsistencyCheck
+from .consistency import ConsistencyCheck, keep_masks_from_ddp
 from .counters import trained_weights
 from .interruption import StopSignals
 from .label_mapper import LabelMapper
@@ -39,7 +39,7 @@ from .plan import StagePlan, StageSettings, plan_stages
 from .publishing import Publisher
 from .reporting import numbers
 from .restoring import replace_model, save_first_state, save_stage
-from .run_record import FIRST_STATE_NAME, MODEL_FOLDER, FinishedStage, RunRecord
+from .run_record import FIRST_STATE_NAME, MODEL_FOLDER, FinishedStage, RunRecord, only_run
 from .run_settings import run_settings
 from .score_rates import settle_score_rate
 from .stage_trainer import StageTrainer
@@ -141,11 +141,15 @@ class VPNsTrainer(StageTrainer):
             `<stage>_<name>`.
 
         Raises:
-            ValueError: `output_dir` holds another run, or the checkpoint is none of it.
+            ValueError: `output_dir` holds another run or is in use by one, or the checkpoint is none of it.
             KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written.
             FloatingPointError: the loss is no finite number.
             OSError: something could not be written, as on a full disk.
         """
+        with only_run(Path(self.args.output_dir), self.is_world_process_zero()):
+            return self._train_stages(resume_from_checkpoint, **kwargs)
+
+    def _train_stages(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> TrainOutput:
         plans, record = self.plan_stages(), self._record()
         checkpoint = record.find_checkpoint([plan.name for plan in plans], resume_from_checkpoint)
         record.check(self._settings, started=checkpoint is not None)
@@ -254,11 +258,7 @@ class VPNsTrainer(StageTrainer):
         self.model.eval_backbone = stage.eval_backbone
         self.model.train_only(*stage.roles)
         self.model_wrapped = self.model
-        # Masks follow from the scores on every process, so DDP need not send them before every forward.
-        masks = {id(mask) for mask in self.model.masks().values()}
-        self.model._ddp_params_and_buffers_to_ignore = [
-            name for name, buffer in self.model.named_buffers() if id(buffer) in masks
-        ]
+        keep_masks_from_ddp(self.model)
 
     def _prepare(self, record: RunRecord) -> None:
         first_state = record.folder / FIRST_STATE_NAME
