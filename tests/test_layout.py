@@ -29,6 +29,7 @@ FLOORS = (
     "label_mapping",
     "metrics",
     "evaluate_module",
+    "values",
     "version",
 )
 MAX_LINES = 400

@@ -50,7 +50,7 @@ def test_paths_in_yaml_are_relative_to_the_file(tmp_path):
     [
         (["--name", "a", "--stepps", "3"], "unknown argument 'stepps'; did you mean 'steps'"),
         (["--name", "a", "--zzz", "3"], "unknown argument 'zzz'; `--help`"),
-        (["--config"], "needs the path"),
+        (["--config"], "expected one argument"),
         (["--config", "nothing.yaml"], "cannot be read"),
     ],
 )
@@ -66,7 +66,7 @@ def test_wrong_yaml_is_named(tmp_path):
     with pytest.raises(ValueError, match="key: value"):
         parse_recipe((Small,), ["--config", str(tmp_path / "recipe.yaml")])
     (tmp_path / "recipe.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="no valid YAML"):
+    with pytest.raises(ValueError, match="no sound YAML"):
         parse_recipe((Small,), ["--config", str(tmp_path / "recipe.yaml")])
 
 

@@ -2,8 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from ..data.checks import LOADING
+from ..data.transforms import AUGMENTATIONS
+from ..methods.table import get_method
+from ..model.configuration_checks import FIELDS
+from ..values import (
+    NAME,
+    NAMES,
+    Check,
+    check_fields,
+    count,
+    list_of,
+    one_of,
+    optional,
+)
+
+MODEL: dict[str, Check] = {
+    "model_name_or_path": NAME,
+    "model_revision": NAME,
+    **{name: FIELDS[name] for name in ("scope", "prompt", "prompt_size", "label_mapping", "ignore_modules")},
+    "prompt_inner_size": optional(count(1, 2**14)),
+    "image_size": optional(count(1, 2**14)),
+}
+DATA: dict[str, Check] = {
+    "dataset_name": NAME,
+    **{
+        name: LOADING[name] for name in ("validation_fraction", "shots", "fraction", "corrupt_images", "stream_images")
+    },
+    "split_seed": LOADING["seed"],
+    "preprocessing_num_workers": LOADING["num_proc"],
+    "augmentation": one_of(AUGMENTATIONS),
+}
+METHOD_NAMES = list_of(NAME, "names of methods", least=1)
 
 
 @dataclass
@@ -45,6 +77,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.prompt in ("none", "None", ""):
             self.prompt = None
+        check_fields(self, MODEL)
 
 
 @dataclass
@@ -104,6 +137,9 @@ class DataArguments:
         default=False, metadata={"help": "Augment prompted batches like plain ones (the released code does not)."}
     )
 
+    def __post_init__(self) -> None:
+        check_fields(self, DATA)
+
 
 @dataclass
 class DryRunArguments:
@@ -132,16 +168,8 @@ class PruneArguments(DryRunArguments):
     )
 
     def __post_init__(self) -> None:
+        check_fields(self, {"references": NAMES})
         if self.references == ["none"]:
             self.references = []
-
-
-def check_sparsities(sparsities: Iterable[float]) -> None:
-    """Raise unless every sparsity is a fraction.
-
-    Raises:
-        ValueError: one is not in [0, 1).
-    """
-    for sparsity in sparsities:
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"`sparsities` has {sparsity}; expected fractions in [0, 1), such as 0.9 for 90 %.")
+        for method in self.references:
+            get_method(method)

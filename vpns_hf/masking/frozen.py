@@ -29,12 +29,16 @@ def check_masks(masks: Mapping[str, Tensor], prunables: Mapping[str, PrunableWei
     Raises:
         ValueError: names or shapes differ, or a mask is no bool tensor.
     """
+    if not isinstance(masks, Mapping):
+        raise ValueError(f"The masks are a {type(masks).__name__}; expected a dictionary of tensors by weight name.")
     if unknown := sorted(set(masks) ^ set(prunables)):
         raise ValueError(
             f"Masks must name exactly the {len(prunables)} prunable weights of this model; {len(unknown)} names "
             f"differ, such as {unknown[0]}."
         )
     for name, prunable in prunables.items():
+        if not isinstance(masks[name], Tensor):
+            raise ValueError(f"The mask of {name} is a {type(masks[name]).__name__}; expected a tensor of bool.")
         if masks[name].dtype != torch.bool:
             raise ValueError(
                 f"The mask of {name} is of type {masks[name].dtype}; convert it to bool, True where a weight is kept."

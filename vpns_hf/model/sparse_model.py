@@ -16,6 +16,7 @@ from ..masking import sharding
 from ..masking.frozen import mask_gradients
 from ..masking.prunable import MASK_SUFFIX, PrunableWeight, parametrizations, stored_weight
 from ..masking.search import MaskedWeight
+from ..values import FLAG, FRACTION, NUMBER, checked, one_of, require
 from .backbones import position_kwargs
 from .configuration import PromptedSparseConfig
 from .labels import share_labels
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 _ZEROS_LOST = "call `zero_masked_weights()` to write the zeros, which changes the logits"
 _DENSE_STATE = "multiply the weights of the state by the masks, or load it into a model in the dense state"
 ROLES = ("scores", "prompt", "head", "weights")
+_ROLE = one_of(ROLES)
 
 
 class SparseModel(PreTrainedModel):
@@ -86,7 +88,16 @@ class SparseModel(PreTrainedModel):
         return roles
 
     def train_only(self, *roles: str) -> None:
-        """Set `requires_grad` for the parameters of these roles and clear it for all others."""
+        """Set `requires_grad` for the parameters of these roles and clear it for all others.
+
+        Args:
+            roles: names out of `scores`, `prompt`, `head` and `weights`.
+
+        Raises:
+            ValueError: there is no such role.
+        """
+        for role in roles:
+            require("roles", role, _ROLE)
         for role, parameters in self.parameters_by_role().items():
             for parameter in parameters.values():
                 parameter.requires_grad_(role in roles)
@@ -125,10 +136,10 @@ class SparseModel(PreTrainedModel):
         frozen = self.config.state == "frozen"
         return masking.nonzero_or_kept(self.prunables()) if frozen else self.masks()
 
+    @checked(sparsity=FRACTION)
     def set_sparsity(self, sparsity: float) -> None:
         """Change the sparsity and select new masks; search state only."""
         self._require("search", "change the sparsity")
-        masking.kept_count(0, sparsity)
         self.config.sparsity = sparsity
         self.update_masks()
         self._warn_of_collapse()
@@ -138,6 +149,7 @@ class SparseModel(PreTrainedModel):
         self._require("search", "update masks")
         return masking.update_masks(self.prunables(), self.config.sparsity, self.config.scope)
 
+    @checked(weight=NUMBER)
     def set_implicit_gradient(self, weight: float) -> None:
         """Add BiP's implicit gradient to that of the scores (arXiv 2210.04092); search state only.
 
@@ -169,6 +181,7 @@ class SparseModel(PreTrainedModel):
             self.backbone, self.prunables(), self._measured_masks(), self.config.image_size, self._backbone_kwargs
         )
 
+    @checked(signed=FLAG)
     def attach_scores(self, signed: bool = False) -> None:
         """Attach scores and masks to the prunable weights (dense to search); scores and prompt become trainable.
 
