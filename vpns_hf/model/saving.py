@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +16,21 @@ from transformers.utils import CONFIG_NAME
 from .. import hub
 from ..masking.frozen import check_zeros
 from ..saved_files import read_json
+from ..values import FLAG, PATH, Check, checked, count, either, optional, require
 from . import packed_shards
 from .labels import share_labels
-from .loading import in_one_sentence, load_image_processor, no_larger_than
+from .loading import in_one_sentence, load_image_processor, no_larger_than, warn_of_other_images
 
 if TYPE_CHECKING:
     from .modeling import PromptedSparseModel
 
 PROMPT_TENSORS = ("prompt", "label_matrix")
+_SHARD_SIZE = either(
+    count(1, 2**62), Check("a size such as '5GB'", lambda value: bool(re.fullmatch(r"[1-9]\d*[KMGT]B", str(value))))
+)
 
 
+@checked(save_directory=PATH, packed=optional(FLAG))
 def save(
     model: PromptedSparseModel,
     save_directory: str | os.PathLike[str],
@@ -50,6 +56,10 @@ def save(
         )
     share_labels(model.config, model.config.backbone_config)
     folder = Path(save_directory)
+    if "max_shard_size" in kwargs:
+        require("max_shard_size", kwargs["max_shard_size"], _SHARD_SIZE)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; name a folder to save to.")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
         if packed or (packed is None and model.config.state == "frozen"):
@@ -147,6 +157,8 @@ def _load(
     model.name_or_path = model.config.name_or_path = name
     model._mask_gradients()
     model.image_processor = load_image_processor(name, kwargs)
+    if model.image_processor is not None:
+        warn_of_other_images(name, model.image_processor, model.config)
     return (model, info) if wants_info else model
 
 
