@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
 from .. import hub
-from ..masking.frozen import check_zeros
+from ..masking.frozen import ZEROS_LOST, check_zeros
 from ..saved_files import read_json
 from ..values import FLAG, PATH, Check, checked, count, either, optional, require
 from . import packed_shards
@@ -54,6 +54,8 @@ def save(
             f"Only frozen masks can be packed; the model is in the {model.config.state!r} state. Call "
             "`freeze_masks()` first."
         )
+    if model.config.state == "frozen":
+        check_zeros(model.prunable_weights(), model.masks(), ZEROS_LOST)
     share_labels(model.config, model.config.backbone_config)
     folder = Path(save_directory)
     if "max_shard_size" in kwargs:

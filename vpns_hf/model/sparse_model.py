@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -24,8 +24,6 @@ from .sparsity import SparsityReport, measure_sparsity
 from .tensor_shapes import build_backbone
 
 logger = logging.getLogger(__name__)
-_ZEROS_LOST = "call `zero_masked_weights()` to write the zeros, which changes the logits"
-_DENSE_STATE = "multiply the weights of the state by the masks, or load it into a model in the dense state"
 ROLES = ("scores", "prompt", "head", "weights")
 _ROLE = one_of(ROLES)
 
@@ -53,6 +51,7 @@ class SparseModel(PreTrainedModel):
         elif config.state == "frozen":
             prunables = self.prunables()
             masking.freeze(prunables, masking.all_kept(prunables))
+        masking.guard_states(self.backbone)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Hooks on parameters are lost when a model is copied.
@@ -258,7 +257,7 @@ class SparseModel(PreTrainedModel):
         if self.config.state == "search":
             self.freeze_masks()
         if self.config.state == "frozen":
-            masking.check_zeros(self.prunable_weights(), self.masks(), _ZEROS_LOST)
+            masking.check_zeros(self.prunable_weights(), self.masks(), masking.ZEROS_LOST)
             masking.unfreeze(self.prunables())
         share_labels(self.config, self.backbone.config)
         return self.backbone
@@ -304,16 +303,15 @@ class SparseModel(PreTrainedModel):
             ValueError: in the frozen state, a weight is not zero where the mask that it comes with, or else that of
                 this model, is False. Nothing is loaded then.
         """
+        masking.check_state(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        """Apply a function to every module, as any module does; frozen zeros are written again afterwards."""
+        super().apply(fn)
         if self.config.state == "frozen":
-            own = self.masks()
-            masks = {name: state_dict.get(f"backbone.{name}{MASK_SUFFIX}", mask) for name, mask in own.items()}
-            weights = {
-                name: state_dict.get(f"backbone.{name}", weight) for name, weight in self.prunable_weights().items()
-            }
-            masking.check_zeros(weights, masks, _DENSE_STATE)
-        result = super().load_state_dict(state_dict, strict, assign)
-        self._mask_gradients()
-        return result
+            self.zero_masked_weights()
+        return self
 
     def zero_masked_weights(self) -> None:
         """Write the zeros into pruned weights, for training loops that overwrite parameters; frozen state only."""
