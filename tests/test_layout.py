@@ -31,6 +31,7 @@ FLOORS = (
     "label_mapping",
     "metrics",
     "evaluate_module",
+    "values",
     "version",
 )
 MAX_LINES = 400

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from .values import one_of, require, shortened
+
 
 def _random(counts: Tensor) -> Tensor:
     """Draw distinct source classes from torch's global generator."""
@@ -80,8 +82,7 @@ def get_label_mapping(name: str) -> Callable[[Tensor], Tensor]:
     Raises:
         ValueError: there is none.
     """
-    if name not in LABEL_MAPPINGS:
-        raise ValueError(f"`label_mapping` is {name!r}; expected None or one of {', '.join(LABEL_MAPPINGS)}.")
+    require("label_mapping", name, one_of(LABEL_MAPPINGS))
     return LABEL_MAPPINGS[name]
 
 
@@ -113,6 +114,8 @@ def map_labels(counts: Tensor, method: str = "frequency") -> Tensor:
             classes for a one-to-one mapping.
     """
     mapping = get_label_mapping(method)
+    if not isinstance(counts, Tensor) or counts.is_complex():
+        raise ValueError(f"Counts are {shortened(counts)}; expected a tensor of real numbers [source, target].")
     if counts.dim() != 2 or counts.numel() == 0:
         raise ValueError(f"Counts must have the shape [source, target] and no empty side; got {tuple(counts.shape)}.")
     # float64 holds every count of images exactly; scipy takes CPU arrays only.

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from transformers import EvalPrediction
 
+from .values import one_of, require
+
 # scikit-learn and evaluate are imported where they are used: together they take a second, which every import of the
 # trainer would pay.
 if TYPE_CHECKING:
@@ -122,8 +124,7 @@ def get_metric(name: str) -> ClassificationMetric:
     Raises:
         ValueError: there is none.
     """
-    if name not in METRICS:
-        raise ValueError(f"`metrics` has {name!r}; expected names out of {', '.join(METRICS)}.")
+    require("metrics", name, one_of(METRICS))
     return METRICS[name]
 
 

@@ -17,12 +17,19 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, a few bytes of which stand for gigabytes."""
+    """YAML without aliases, a few bytes of which stand for gigabytes, and without keys that are there twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise ValueError("it has an alias, which no file of ours has.")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        content = super().construct_mapping(node, deep)
+        if len(content) < len(node.value):
+            keys = [getattr(key, "value", None) for key, _ in node.value]
+            raise ValueError(f"it has the key {next(key for key in keys if keys.count(key) > 1)!r} twice.")
+        return content
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

@@ -278,7 +278,7 @@ class TestStreaming:
         stream = stream["train"]
         kept = Dataset.from_generator(lambda: stream.take(30), features=stream.features, cache_dir=tmp_path / "kept")
         assert len(load_transfer_dataset(kept)["train"]) == 24
-        with pytest.raises(ValueError, match="stream_images is 0"):
+        with pytest.raises(ValueError, match="`stream_images` is 0"):
             load_transfer_dataset(kept, stream_images=0)
 
 

@@ -127,10 +127,10 @@ class TestRows:
         with pytest.raises(ValueError, match=r"fraction=0.01 keeps 1 of 16 .* 2 classes: use at least 0.125"):
             load_transfer_dataset(data, fraction=0.01)
         for options, message in (
-            ({"shots": 0}, "shots is 0"),
-            ({"shots": 1.5}, "shots is 1.5"),
-            ({"stream_images": 2.5}, "stream_images is 2.5"),
-            ({"fraction": 1.5}, "fraction is 1.5"),
+            ({"shots": 0}, "`shots` is 0"),
+            ({"shots": 1.5}, "`shots` is 1.5"),
+            ({"stream_images": 2.5}, "`stream_images` is 2.5"),
+            ({"fraction": 1.5}, "`fraction` is 1.5"),
             ({"shots": 1, "fraction": 0.5}, "give one of the two"),
             ({"corrupt_images": "drop"}, "expected one of error, skip"),
         ):

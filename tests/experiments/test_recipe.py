@@ -50,7 +50,7 @@ def test_paths_in_yaml_are_relative_to_the_file(tmp_path):
     [
         (["--name", "a", "--stepps", "3"], "unknown argument 'stepps'; did you mean 'steps'"),
         (["--name", "a", "--zzz", "3"], "unknown argument 'zzz'; `--help`"),
-        (["--config"], "needs the path"),
+        (["--config"], "expected one argument"),
         (["--config", "nothing.yaml"], "cannot be read"),
     ],
 )
@@ -66,7 +66,7 @@ def test_wrong_yaml_is_named(tmp_path):
     with pytest.raises(ValueError, match="key: value"):
         parse_recipe((Small,), ["--config", str(tmp_path / "recipe.yaml")])
     (tmp_path / "recipe.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="no valid YAML"):
+    with pytest.raises(ValueError, match="no sound YAML"):
         parse_recipe((Small,), ["--config", str(tmp_path / "recipe.yaml")])
 
 
@@ -248,7 +248,7 @@ def test_references_at_another_sparsity(task):
     [
         ("dens", "expected one of dense, "),
         ("omp@half", "'omp@half'; expected a method, or a method at another sparsity, such as 'vpns@0.9'"),
-        ("omp@1.0", r"`references` has 1.0; expected fractions in \[0, 1\)"),
+        ("omp@1.0", r"`references` is 1.0; expected a fraction in \[0, 1\)"),
     ],
 )
 def test_wrong_references_are_refused_before_training(task, capsys, reference, message):

@@ -6,6 +6,7 @@ A program of its own, so that a mutant that takes memory or time takes that of i
 import contextlib
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -27,13 +28,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from transformers import ViTImageProcessor
 
 import vpns_hf
-from helpers.models import tiny_model
+from helpers.models import tiny_backbone, tiny_model
 from helpers.mutations import mutate_bytes, mutate_json
 from vpns_hf import PromptedSparseModel
 from vpns_hf.cli import main
 
 PACKAGE = str(Path(vpns_hf.__file__).parent)
-SECONDS, MEMORY, ADDRESSES = 20, 2**28, 2**34
+# Seconds of the processor, and seconds by the clock, which other programs share.
+SECONDS, HANGING, MEMORY, ADDRESSES = 20, 200, 2**28, 2**34
 RECIPE = "# packages:\n#   torch: 2.9.0\nmethod: vpns\nseed: 7\ndataset_name: me/days\nmodel_name_or_path: me/vit\n"
 CARD = "---\nlibrary_name: vpns_hf\nlicense: mit\nbase_model: me/vit\ndatasets:\n- me/days\n---\n# Days\n"
 SEEDS: dict[str, tuple[str, dict, dict]] = {
@@ -44,6 +46,18 @@ SEEDS: dict[str, tuple[str, dict, dict]] = {
     "timm": ("timm_resnet", {"label_mapping": "bayesian", "num_labels": 3, "prompt": "lowrank"}, {}),
     "search": ("vit", {"prompt": None}, {}),
 }
+# Folders of backbones, as transformers saves them.
+BACKBONES = {"plain": "vit", "plain timm": "timm_resnet", "plain cnn": "resnet"}
+
+
+WARNED: list[str] = []
+
+
+class Listen(logging.Handler):
+    """Collect the warnings of the package."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        WARNED.append(record.getMessage())
 
 
 class TooLong(BaseException):
@@ -53,6 +67,12 @@ class TooLong(BaseException):
 def seed_folders(root: Path) -> dict[str, tuple[Path, list[torch.Tensor]]]:
     """A saved folder of each kind, and what its model makes of two images."""
     folders = {}
+    for name, family in BACKBONES.items():
+        torch.manual_seed(0)
+        folder = root / name
+        tiny_backbone(family).save_pretrained(folder)
+        add_processor(folder)
+        folders[name] = folder, outputs(wrapped(folder))
     for name, (family, building, saving) in SEEDS.items():
         torch.manual_seed(0)
         model = tiny_model(family, **building)
@@ -67,12 +87,21 @@ def seed_folders(root: Path) -> dict[str, tuple[Path, list[torch.Tensor]]]:
                     parameter.normal_()
         folder = root / name
         model.save_pretrained(folder, **saving)
-        size = {"height": 32, "width": 32}
-        ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+        add_processor(folder)
         (folder / "README.md").write_text(CARD)
         (folder / "recipe.yaml").write_text(RECIPE)
         folders[name] = folder, outputs(PromptedSparseModel.from_pretrained(folder))
     return folders
+
+
+def add_processor(folder: Path) -> None:
+    size = {"height": 32, "width": 32}
+    ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+
+
+def wrapped(folder: Path) -> PromptedSparseModel:
+    """A model on the backbone in a folder."""
+    return PromptedSparseModel.from_backbone(str(folder), sparsity=0.5, scope="layer", prompt_size=4)
 
 
 @torch.no_grad()
@@ -114,15 +143,26 @@ def load(folder: Path, expected: list[torch.Tensor]) -> str:
     return "same" if same(outputs(PromptedSparseModel.from_pretrained(folder)), expected) else "different"
 
 
+def wrap(folder: Path, expected: list[torch.Tensor]) -> str:
+    """The same for a mutant of a backbone."""
+    return "same" if same(outputs(wrapped(folder)), expected) else "different"
+
+
 def inspect(folder: Path, expected: object) -> str:
     """Show a mutant as `vpns-hf inspect` does: `shown`, or `steered` where control characters came through."""
     shown, errors = io.StringIO(), io.StringIO()
+    code: object = 0
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(errors):
-        code = main(["inspect", str(folder)])
+        try:
+            code = main(["inspect", str(folder)])
+        except SystemExit as ended:
+            code = ended.code
     text = shown.getvalue() + errors.getvalue()
     if not all(character.isprintable() or character == "\n" for character in text):
         return "steered"
-    return "clear sentence" if code else "shown"
+    if not code:
+        return "shown"
+    return "clear sentence" if code == 2 and len(errors.getvalue().splitlines()) == 1 else "traceback"
 
 
 def outcome(
@@ -132,7 +172,9 @@ def outcome(
     message = ""
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    WARNED.clear()
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, HANGING)
     try:
         word = action(folder, expected)
     except TooLong:
@@ -145,7 +187,10 @@ def outcome(
     except BaseException as error:  # whatever it is, it is counted
         word, message = "traceback", traceback.format_exc()[-600:] + type(error).__name__
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
+    if word == "different" and WARNED:
+        word, message = "different with a warning", WARNED[0]
     return f"{word}, memory" if status("VmHWM") - before > MEMORY else word, message
 
 
@@ -161,7 +206,7 @@ def run(root: Path, first: int, count: int, log: Path | None = None) -> dict[str
     library), `traceback` (any other exception), `same`, `different`, `too long`, and `memory` behind any of them.
     """
     folders = seed_folders(root / "seeds")
-    counts: dict[str, Counter] = {"load": Counter(), "inspect": Counter()}
+    counts: dict[str, Counter] = {action.__name__: Counter() for action in (load, inspect, wrap)}
     for seed in range(first, first + count):
         rng = random.Random(seed)
         name = rng.choice(list(folders))
@@ -170,17 +215,19 @@ def run(root: Path, first: int, count: int, log: Path | None = None) -> dict[str
         shutil.rmtree(mutant, ignore_errors=True)
         shutil.copytree(source, mutant)
         change = mutate(mutant, rng)
-        for action in (load, inspect):
+        for action in (wrap,) if name in BACKBONES else (load, inspect):
             word, message = outcome(action, mutant, expected)
             counts[action.__name__][word] += 1
             if log is not None and word not in ("clear sentence", "same", "shown"):
                 with log.open("a") as file:
                     file.write(json.dumps([seed, name, change, action.__name__, word, message]) + "\n")
+        if log is not None and (seed + 1) % 100 == 0:
+            log.with_name("counts.json").write_text(json.dumps([seed + 1, counts], indent=2))
     return counts
 
 
 def raise_too_long(*_: object) -> None:
-    """Handle SIGALRM."""
+    """Handle SIGALRM and SIGPROF."""
     raise TooLong
 
 
@@ -191,6 +238,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     signal.signal(signal.SIGALRM, raise_too_long)
+    signal.signal(signal.SIGPROF, raise_too_long)
+    logging.getLogger("vpns_hf").addHandler(Listen(logging.WARNING))
     sys.stdin = open(os.devnull)  # noqa: SIM115
     scratch = Path(sys.argv[1])
     found = run(scratch, int(sys.argv[2]), int(sys.argv[3]), scratch / "log.jsonl")

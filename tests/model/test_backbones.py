@@ -212,7 +212,7 @@ def test_loading_with_another_number_of_labels_is_refused(tmp_path):
 
 @pytest.mark.parametrize("ids", [(1, 2, 3, 4, 5, 6), (0, 1, 2, 3, 4, 6), (-1, 0, 1, 2, 3, 4)])
 def test_class_ids_count_from_zero_without_gaps(ids):
-    with pytest.raises(ValueError, match="number them from 0 to 5 without gaps"):
+    with pytest.raises(ValueError, match="expected each number from 0 to 5 once"):
         wrap(tiny_backbone("vit"), id2label={index: f"class {index}" for index in ids})
 
 

@@ -1,5 +1,8 @@
 """Pruned positions are zero, whichever way a state comes in; sparsity is measured; scores keep their precision."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from helpers.models import tiny_backbone, tiny_model
@@ -166,3 +169,60 @@ def test_source_heads_keep_the_source_labels(tmp_path):
     loaded = PromptedSparseModel.from_pretrained(tmp_path)
     assert loaded.config.id2label == {0: "cat", 1: "dog"}
     assert loaded.merge_and_unload().config.id2label == source
+
+
+@pytest.mark.parametrize("part", ["backbone", "backbone.vit", "backbone.vit.layers.0.mlp.fc1"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_dense_states_are_refused_by_every_part_of_a_model(frozen, part, assign):
+    module = frozen.get_submodule(part)
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
+    dense = {name: tensor for name, tensor in dense_state(module).items() if not name.endswith("_mask")}
+    with pytest.raises(ValueError, match="are not zero although the mask prunes them; multiply the weights"):
+        module.load_state_dict(dense, strict=False, assign=assign)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in frozen.state_dict().items())
+
+
+def test_parts_that_were_assigned_stay_sparse_in_training(frozen):
+    state = {name: tensor.clone() for name, tensor in frozen.backbone.state_dict().items()}
+    frozen.backbone.load_state_dict(state, assign=True)
+    optimizer = torch.optim.AdamW(frozen.parameters(), lr=0.1)
+    frozen(IMAGES, labels=LABELS).loss.backward()
+    optimizer.step()
+    assert holds_zeros(frozen)
+    assert len(frozen.prunable_weights()[NAME]._backward_hooks) == 1
+
+
+def test_parts_take_any_state_once_nothing_is_masked(frozen):
+    copied = copy.deepcopy(frozen)
+    plain = copied.merge_and_unload()
+    plain.load_state_dict({name: torch.ones_like(tensor) for name, tensor in plain.state_dict().items()})
+    assert plain.state_dict()[NAME].all()
+    searching = tiny_model("vit")
+    searching.backbone.load_state_dict(searching.backbone.state_dict())
+    with pytest.raises(ValueError, match="are not zero"):
+        copy.deepcopy(frozen).backbone.load_state_dict(
+            {NAME: torch.ones_like(frozen.prunable_weights()[NAME])}, strict=False
+        )
+
+
+def test_models_can_be_pickled(frozen):
+    assert holds_zeros(pickle.loads(pickle.dumps(frozen)))
+
+
+def test_functions_that_are_applied_leave_the_zeros(frozen):
+    def initialize(module):
+        if isinstance(module, nn.Linear):
+            nn.init.ones_(module.weight)
+
+    frozen.apply(initialize)
+    assert holds_zeros(frozen)
+    assert frozen.prunable_weights()[NAME].any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_models_whose_zeros_were_lost_are_not_saved(frozen, packed, tmp_path):
+    with torch.no_grad():
+        frozen.prunable_weights()[NAME].add_(1)
+    with pytest.raises(ValueError, match=rf"of {NAME} are not zero .* call `zero_masked_weights\(\)`"):
+        frozen.save_pretrained(tmp_path / "new", packed=packed)
+    assert not (tmp_path / "new").exists()

@@ -48,6 +48,8 @@ def export(args: argparse.Namespace) -> None:
     """
     from ..export import export_onnx, export_plain
 
+    if args.opset is not None and args.format != "onnx":
+        raise ValueError("`--opset` is for `--format onnx`; leave it out.")
     folder = _folder(args)
     model = PromptedSparseModel.from_pretrained(folder)
     if args.format == "onnx":

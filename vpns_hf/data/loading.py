@@ -16,7 +16,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from ..values import PATH, Check, checked, require
 from . import folders
+from .checks import EVALUATION, LOADING
 from .columns import check_classes, check_trained, choose_columns, encode_labels, require_columns
 from .corrupt import skip_corrupt
 from .sampling import carve, check_sampling, sample
@@ -25,10 +27,12 @@ from .tasks import TRANSFER_TASKS, TransferTask
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
+_DATA_SET = Check("a key of TRANSFER_TASKS, a Hub id, a local folder, or a data set in memory", PATH.accepts)
 SHUFFLE_BUFFER = 1000
 """Size of the shuffle buffer of a stream, in encoded images; the order of shards is shuffled as well."""
 
 
+@checked(**LOADING)
 def load_transfer_dataset(
     path: str | Path | Dataset | DatasetDict,
     *,
@@ -89,9 +93,7 @@ def load_transfer_dataset(
             letter case or spaces, a class has no training image or too few to be split, or a data set of the table
             has other classes than its row says.
     """
-    check_sampling(shots, fraction, corrupt_images)
-    if stream_images is not None and (not isinstance(stream_images, int) or stream_images < 1):
-        raise ValueError(f"stream_images is {stream_images}: expected a number of training images, at least 1.")
+    check_sampling(shots, fraction)
     task = TRANSFER_TASKS.get(path) if isinstance(path, str) else None
     expected_classes = None
     if task is not None:
@@ -131,6 +133,7 @@ def load_transfer_dataset(
     return TransferSplits({ours: parts[ours].data for ours in SPLITS}, {ours: parts[ours].stored for ours in SPLITS})
 
 
+@checked(**EVALUATION)
 def load_evaluation_split(
     path: str | Path | Dataset | DatasetDict,
     split: str = "test",
@@ -183,6 +186,7 @@ def _read(path: str | Path | Dataset | DatasetDict, asked: list[str], **options:
         return DatasetDict({"train": path})
     if isinstance(path, DatasetDict):
         return path
+    require("path", path, _DATA_SET)
     folder = Path(path)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         saved = load_from_disk(str(folder))

@@ -7,28 +7,19 @@ from math import ceil
 
 import numpy as np
 
-from .corrupt import CORRUPT_IMAGES
-from .splits import Part, listed
+from .splits import Part
 
 logger = logging.getLogger(__name__)
 
 
-def check_sampling(shots: int | None, fraction: float | None, corrupt_images: str) -> None:
-    """Raise `ValueError` if the sampling arguments contradict each other or are out of range."""
+def check_sampling(shots: int | None, fraction: float | None) -> None:
+    """Raise `ValueError` if the sampling arguments contradict each other."""
     if shots is not None and fraction is not None:
         raise ValueError(f"shots is {shots} and fraction is {fraction}: give one of the two.")
-    if shots is not None and (not isinstance(shots, int) or shots < 1):
-        raise ValueError(f"shots is {shots}: expected a number of images per class, at least 1.")
-    if fraction is not None and not 0 < fraction <= 1:
-        raise ValueError(f"fraction is {fraction}: expected a share above 0 and up to 1, such as 0.1.")
-    if corrupt_images not in CORRUPT_IMAGES:
-        raise ValueError(f"corrupt_images is '{corrupt_images}': expected one of {listed(CORRUPT_IMAGES)}.")
 
 
 def carve(parts: dict[str, Part], name: str, fraction: float, seed: int) -> dict[str, Part]:
     """Move a stratified share of `train` to a new part; both keep the order of `train`."""
-    if not 0 < fraction < 1:
-        raise ValueError(f"validation_fraction is {fraction}: expected a share between 0 and 1, such as 0.1.")
     train = parts["train"]
     labels = np.asarray(train.data["label"][:])
     class_name = train.data.features["label"].int2str

@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ..data.checks import LOADING
+from ..data.transforms import AUGMENTATIONS
 from ..methods.table import get_method
+from ..model.configuration_checks import FIELDS
+from ..values import (
+    FRACTION,
+    NAME,
+    NAMES,
+    Check,
+    check_fields,
+    count,
+    list_of,
+    one_of,
+    optional,
+    require,
+)
+
+MODEL: dict[str, Check] = {
+    "model_name_or_path": NAME,
+    "model_revision": NAME,
+    **{name: FIELDS[name] for name in ("scope", "prompt", "prompt_size", "label_mapping", "ignore_modules")},
+    "prompt_inner_size": optional(count(1, 2**14)),
+    "image_size": optional(count(1, 2**14)),
+}
+DATA: dict[str, Check] = {
+    "dataset_name": NAME,
+    **{
+        name: LOADING[name] for name in ("validation_fraction", "shots", "fraction", "corrupt_images", "stream_images")
+    },
+    "split_seed": LOADING["seed"],
+    "preprocessing_num_workers": LOADING["num_proc"],
+    "augmentation": one_of(AUGMENTATIONS),
+}
+METHOD_NAMES = list_of(NAME, "names of methods", least=1)
 
 
 @dataclass
@@ -47,6 +79,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.prompt in ("none", "None", ""):
             self.prompt = None
+        check_fields(self, MODEL)
 
 
 @dataclass
@@ -106,6 +139,9 @@ class DataArguments:
         default=False, metadata={"help": "Augment prompted batches like plain ones (the released code does not)."}
     )
 
+    def __post_init__(self) -> None:
+        check_fields(self, DATA)
+
 
 @dataclass
 class DryRunArguments:
@@ -141,13 +177,13 @@ class Reference:
         if not at:
             return cls(method)
         try:
-            reference = cls(method, float(sparsity))
+            fraction = float(sparsity)
         except ValueError:
             raise ValueError(
                 f"`references` has {text!r}; expected a method, or a method at another sparsity, such as 'vpns@0.9'."
             ) from None
-        check_sparsities([float(sparsity)], "references")
-        return reference
+        require("references", fraction, FRACTION)
+        return cls(method, fraction)
 
 
 @dataclass
@@ -168,22 +204,8 @@ class PruneArguments(DryRunArguments):
     )
 
     def __post_init__(self) -> None:
+        check_fields(self, {"references": NAMES})
         if self.references == ["none"]:
             self.references = []
         for text in self.references:
             Reference.parse(text)
-
-
-def check_sparsities(sparsities: Iterable[float], argument: str = "sparsities") -> None:
-    """Raise unless every sparsity is a fraction.
-
-    Args:
-        sparsities: values of the argument.
-        argument: name of the argument.
-
-    Raises:
-        ValueError: one is not in [0, 1).
-    """
-    for sparsity in sparsities:
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"`{argument}` has {sparsity}; expected fractions in [0, 1), such as 0.9 for 90 %.")

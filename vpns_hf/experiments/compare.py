@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,11 @@ from rich.console import Console
 from transformers.utils import logging
 
 from ..methods.table import get_method
+from ..saved_files import read_json
 from ..saved_folder import writing
 from ..training.arguments import VPNsTrainingArguments
-from .arguments import DataArguments, DryRunArguments, ModelArguments, check_sparsities
+from ..values import FRACTIONS, NAME, SEEDS, check_fields
+from .arguments import METHOD_NAMES, DataArguments, DryRunArguments, ModelArguments
 from .dry_run import PlannedRun, dry_run
 from .experiment import Experiment
 from .figure import plot_comparison
@@ -68,9 +69,14 @@ class ComparisonArguments(DryRunArguments):
     )
 
     def __post_init__(self) -> None:
-        check_sparsities(self.sparsities)
-        for method in self.methods:
-            get_method(method)
+        check_fields(self, {"methods": METHOD_NAMES, "sparsities": FRACTIONS, "seeds": SEEDS, "reference": NAME})
+        for method in (*self.methods, self.reference):
+            if get_method(method).needs_pruned:
+                raise ValueError(
+                    f"`methods` has {method!r}, which starts from a pruned model, and a comparison starts from the "
+                    "backbone; use `vpns-hf transfer`."
+                )
+        _read_paper_numbers(self.paper_numbers)
 
     def cells(self) -> Iterator[Cell]:
         """Yield all cells, in the order given; the dense ones once."""
@@ -145,7 +151,13 @@ class Comparison(CellRunner):
 def _read_paper_numbers(path: str | None) -> Mapping[tuple[str, float], float] | None:
     if path is None:
         return None
-    numbers = json.loads(Path(path).read_text(encoding="utf-8"))
-    return {
-        (method, float(sparsity)): accuracy for method, row in numbers.items() for sparsity, accuracy in row.items()
-    }
+    try:
+        return {
+            (method, float(sparsity)): float(accuracy)
+            for method, row in read_json(Path(path)).items()
+            for sparsity, accuracy in row.items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`paper_numbers` {path} cannot be used ({error}); expected a JSON file of figures."
+        ) from error

@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from transformers import HfArgumentParser
 
+from ..saved_files import MAX_YAML, read_text, read_yaml
 from ..training.arguments import VPNsTrainingArguments
 from .arguments import DataArguments
 from .task_settings import apply_task_settings
@@ -57,7 +57,9 @@ def parse_recipe(
         values = _read_yaml(config)
         _check_names(values, argument_classes, f"{config}: unknown key")
     given = _given_flags(argument_classes, flags) | values.keys()
-    parser = _Parser(argument_classes, description="Flags win over the YAML file given by --config.")
+    parser = _Parser(
+        argument_classes, description="Flags win over the YAML file given by --config.", allow_abbrev=False
+    )
     if not {"-h", "--help"} & set(flags):
         _check_required(parser, given)
     for action in parser._actions:
@@ -74,17 +76,15 @@ def parse_recipe(
 
 def _split_config(arguments: list[str], default: Path | None) -> tuple[Path | None, list[str]]:
     """Split the flags into the YAML file and the rest."""
-    if "--config" not in arguments:
-        return default, arguments
-    position = arguments.index("--config")
-    if position + 1 == len(arguments):
-        raise ValueError("`--config` needs the path of a YAML file.")
-    return Path(arguments[position + 1]), arguments[:position] + arguments[position + 2 :]
+    parser = _Parser([], add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, default=default, help="YAML file")
+    known, flags = parser.parse_known_args(arguments)
+    return known.config, flags
 
 
 def _given_flags(argument_classes: Sequence[type], flags: Sequence[str]) -> set[str]:
     """Names of the arguments that are on the command line."""
-    parser = _Parser(argument_classes, add_help=False)
+    parser = _Parser(argument_classes, add_help=False, allow_abbrev=False)
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
     return set(vars(parser.parse_known_args(flags)[0]))
@@ -100,15 +100,10 @@ def _check_required(parser: argparse.ArgumentParser, given: Collection[str]) -> 
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"The recipe {path} cannot be read ({error.strerror}); pass `--config` with the path of a YAML file."
-        ) from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(content, dict):
+    if not path.is_file():
+        raise ValueError(f"The recipe {path} cannot be read; pass `--config` with the path of a YAML file.")
+    content = read_yaml(path, read_text(path, MAX_YAML))
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path} must hold `key: value` lines, one for each argument.")
     return {key: _resolve(value, path.parent) for key, value in content.items()}
 

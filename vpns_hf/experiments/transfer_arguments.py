@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..methods.table import MASK_ALONE, get_method
-from .arguments import DataArguments, DryRunArguments, check_sparsities
+from ..values import FRACTIONS, NAME, NAMES, SEEDS, TEXT, check_fields, list_of, one_of, optional
+from .arguments import DATA, METHOD_NAMES, DataArguments, DryRunArguments
 from .results import DENSE, FULL
 
 # Row of the masks of `--subnetwork`.
@@ -46,6 +47,8 @@ MODES: dict[str, Mode] = {
     ),
 }
 
+MODE_NAMES = list_of(one_of(MODES), f"names out of {', '.join(MODES)}", least=1)
+
 
 @dataclass
 class SourceArguments(DataArguments):
@@ -58,6 +61,9 @@ class SourceArguments(DataArguments):
             "those of --subnetwork, omp and random."
         },
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self, DATA | {"dataset_name": TEXT})
 
 
 @dataclass
@@ -102,9 +108,19 @@ class TransferArguments(DryRunArguments):
     only_report: bool = field(default=False, metadata={"help": "Run no cell; write the tables of what is there."})
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            {
+                "targets": NAMES,
+                "methods": METHOD_NAMES,
+                "modes": MODE_NAMES,
+                "sparsities": optional(FRACTIONS),
+                "seeds": SEEDS,
+                "reference": NAME,
+            },
+        )
         if not self.targets:
             raise ValueError("`targets` is empty; name at least one task, such as `--targets cifar100`.")
-        check_sparsities(self.sparsities or ())
         self._check_methods()
         self._check_modes()
 
@@ -114,13 +130,10 @@ class TransferArguments(DryRunArguments):
         if self.subnetwork is None and SHARED in self.methods:
             raise ValueError(f"`methods` has {SHARED!r}; say which with `--subnetwork`, a Hub id or a folder.")
         for method in self.methods:
-            if method not in (DENSE, SHARED):
-                get_method(f"{method}{MASK_ALONE}")
+            _check_method(method)
+        _check_method(self.reference.partition(", ")[0])
 
     def _check_modes(self) -> None:
-        for mode in self.modes:
-            if mode not in MODES:
-                raise ValueError(f"`modes` has {mode!r}; expected names out of {', '.join(MODES)}.")
         given = [name for name in (self.prompt_subnetwork, self.prompt_dataset_name) if name is not None]
         wanted = [mode for mode in self.modes if MODES[mode].prompt == "other"]
         if wanted and len(given) != 1:
@@ -128,3 +141,8 @@ class TransferArguments(DryRunArguments):
                 f"The mode {wanted[0]!r} needs either `--prompt_subnetwork` or `--prompt_dataset_name`, which say "
                 "where its prompt comes from."
             )
+
+
+def _check_method(name: str) -> None:
+    if name not in (DENSE, SHARED):
+        get_method(f"{name}{MASK_ALONE}")

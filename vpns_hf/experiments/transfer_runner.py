@@ -66,6 +66,8 @@ class Transfer(CellRunner):
         self.hub: dict[str, Any] = {"token": model_args.token, "cache_dir": model_args.cache_dir}
         if args.eval_prompt == "with":
             raise ValueError("Masks are compared without the prompt; use `eval_prompt` 'both' or 'without'.")
+        if wanted.prompt_subnetwork is not None:
+            PromptedSparseConfig.from_pretrained(wanted.prompt_subnetwork, **self.hub)  # refused before cells run
         self.targets = self._target_experiments()
         self.finders = self._finder_experiments(args)
 

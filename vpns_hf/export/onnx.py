@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from ..model.configuration import PromptedSparseConfig
 from ..model.modeling import PromptedSparseModel
+from ..values import count, optional, require
 from .plain import require_equal, resolve_prompt, sample_images, warn_of_lost_prompt
 
 # A protobuf message, and so an ONNX file, ends at 2 GiB; weights beyond that lie in a file of their own.
 _LARGEST_ONNX = 2**31 - 2**24
+# The first with all operators of convolutions and attention.
+_FIRST_OPSET = 9
 
 
 class _Logits(nn.Module):
@@ -57,11 +60,15 @@ def export_onnx(
             requested and there is none.
     """
     try:
+        import onnx
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f'ONNX needs more packages: `pip install "vpns-hf[onnx]"` ({error}).') from error
     path, use_prompt = Path(path), resolve_prompt(model, use_prompt)
+    require("opset", opset, optional(count(_FIRST_OPSET, onnx.defs.onnx_opset_version())))
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file to export to, such as {path / 'model.onnx'}.")
     warn_of_lost_prompt(model, use_prompt)
     wrapped = copy.deepcopy(model).cpu().float().eval()
     wrapped.merge_and_unload()  # otherwise the file would hold the masks, too

@@ -21,6 +21,7 @@ from ..model.configuration import PromptedSparseConfig
 from ..model.modeling import PromptedSparseModel
 from ..model.tensor_shapes import build_backbone
 from ..saved_folder import share_files
+from ..values import FLAG, instance_of, optional, require
 from .folding import Placement, fold_prompt, placing_processor
 from .timm import save_timm
 
@@ -117,7 +118,9 @@ def export_plain(
 
 
 def resolve_prompt(model: PromptedSparseModel, use_prompt: bool | None) -> bool:
-    """Decide whether the export applies the prompt, and raise if there is none to apply."""
+    """Decide whether the export applies the prompt, and raise if there is none to apply, or no model."""
+    require("model", model, instance_of(PromptedSparseModel))
+    require("use_prompt", use_prompt, optional(FLAG))
     resolved = model.config.use_prompt if use_prompt is None else use_prompt
     if resolved and model.prompt is None:
         raise ValueError("`use_prompt=True`, but this model has no prompt.")

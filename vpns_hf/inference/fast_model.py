@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from ..values import instance_of, require
 from .attention import project_attention
 from .batchnorm import fold_batchnorms
 from .kernels import DENSE, checked_kernels, replacements
@@ -120,6 +121,7 @@ def _check(model: PromptedSparseModel, example: Tensor) -> None:
             f"Sparse kernels compute in float32 on the CPU, and this model is {model.dtype} on {model.device}; call "
             "`model.float().cpu()` first."
         )
+    require("example", example, instance_of(Tensor))
     if example.dim() != 4 or example.dtype != torch.float32 or example.device.type != "cpu":
         raise ValueError(
             f"`example` is {example.dtype} of shape {tuple(example.shape)} on {example.device}; expected images as "

@@ -7,11 +7,14 @@ has in the dense backbone.
 """
 
 from .frozen import (
+    ZEROS_LOST,
     change_frozen_masks,
     check_masks,
+    check_state,
     check_zeros,
     freeze,
     frozen_masks,
+    guard_states,
     mask_gradients,
     nonzero_or_kept,
     unfreeze,
@@ -24,12 +27,14 @@ from .selection import SCOPES, erk_densities, kept_count, select_masks
 __all__ = [
     "MASK_SUFFIX",
     "SCOPES",
+    "ZEROS_LOST",
     "MaskedWeight",
     "PrunableWeight",
     "all_kept",
     "attach_scores",
     "change_frozen_masks",
     "check_masks",
+    "check_state",
     "check_zeros",
     "dense_state",
     "detach_scores",
@@ -37,6 +42,7 @@ __all__ = [
     "find_prunable_weights",
     "freeze",
     "frozen_masks",
+    "guard_states",
     "kept_count",
     "mask_gradients",
     "masked_weights",

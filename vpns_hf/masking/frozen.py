@@ -7,13 +7,17 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import sharding
 from .prunable import MASK_SUFFIX, PrunableWeight, stored_weight
 from .topk import overwrite_masks
 from .zeros import masked, write_zeros
+
+ZEROS_LOST = "call `zero_masked_weights()` to write the zeros, which changes the logits"
+"""Advice where weights of a model itself are not zero."""
+_DENSE_STATE = "multiply the weights of the state by the masks, or load it into a model in the dense state"
 
 
 def overwrite(masks: Mapping[str, Tensor], selected: Mapping[str, Tensor]) -> int:
@@ -32,12 +36,16 @@ def check_masks(masks: Mapping[str, Tensor], prunables: Mapping[str, PrunableWei
     Raises:
         ValueError: names or shapes differ, or a mask is no bool tensor.
     """
+    if not isinstance(masks, Mapping):
+        raise ValueError(f"The masks are a {type(masks).__name__}; expected a dictionary of tensors by weight name.")
     if unknown := sorted(set(masks) ^ set(prunables)):
         raise ValueError(
             f"Masks must name exactly the {len(prunables)} prunable weights of this model; {len(unknown)} names "
             f"differ, such as {unknown[0]}."
         )
     for name, prunable in prunables.items():
+        if not isinstance(masks[name], Tensor):
+            raise ValueError(f"The mask of {name} is a {type(masks[name]).__name__}; expected a tensor of bool.")
         if masks[name].dtype != torch.bool:
             raise ValueError(
                 f"The mask of {name} is of type {masks[name].dtype}; convert it to bool, True where a weight is kept."
@@ -109,11 +117,58 @@ def check_zeros(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], reme
         ValueError: a pruned weight is not zero.
     """
     for name, mask in masks.items():
-        weight, mask = sharding.local(weights[name]), sharding.local(mask).to(weights[name].device)
-        if weight.is_meta or weight.shape != mask.shape:
+        weight, mask = sharding.local(weights[name]), sharding.local(mask)
+        if weight.is_meta or mask.is_meta or weight.shape != mask.shape:
             continue
-        if wrong := int(((weight != 0) & ~mask).count_nonzero()):
+        if wrong := int(((weight != 0) & ~mask.to(weight.device)).count_nonzero()):
             raise ValueError(f"{wrong} weights of {name} are not zero although the mask prunes them; {remedy}.")
+
+
+def check_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuse a state dictionary that brings other values than zero into pruned weights.
+
+    Args:
+        module: module that the state is loaded into; its own frozen masks count where the state has none.
+        state: tensors by their names in the module.
+
+    Raises:
+        ValueError: a weight of the state is not zero where its mask is False.
+    """
+    weights, masks = {}, {}
+    for path, part in module.named_modules():
+        for name, mask in _own_masks(part).items():
+            key = f"{path}.{name}" if path else name
+            weights[key] = state.get(key, part._parameters[name])
+            masks[key] = state.get(key + MASK_SUFFIX, mask)
+    check_zeros(weights, masks, _DENSE_STATE)
+
+
+def guard_states(module: nn.Module) -> None:
+    """Refuse dense weights also where they are loaded into a part of a model, and mask its gradients afterwards.
+
+    Args:
+        module: backbone in any state; its parts are guarded while they hold frozen masks.
+    """
+    for part in module.modules():
+        part.register_load_state_dict_pre_hook(_check_loaded)
+        part.register_load_state_dict_post_hook(_mask_loaded)
+
+
+def _check_loaded(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    # With a prefix, the module that the state was handed to has checked all of it.
+    if not prefix:
+        check_state(module, state)
+
+
+def _mask_loaded(module: nn.Module, _: Any) -> None:
+    # `assign=True` replaces the parameters, and their hooks with them.
+    mask_gradients({name: PrunableWeight(module, name) for name in _own_masks(module)})
+
+
+def _own_masks(module: nn.Module) -> dict[str, Tensor]:
+    """Return the frozen masks of the parameters of a module itself, by the name of the parameter."""
+    buffers = {name.removesuffix(MASK_SUFFIX): mask for name, mask in module._buffers.items() if mask is not None}
+    return {name: mask for name, mask in buffers.items() if module._parameters.get(name) is not None}
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..values import FRACTION, is_number, one_of, require, shortened
 from . import sharding
 from .sharded_topk import RankedGroup, refuse_nan, select_on_shards
 from .topk import NAN_SCORES, top_k_mask
@@ -19,8 +20,8 @@ def kept_count(total: int, sparsity: float) -> int:
     Raises:
         ValueError: `sparsity` is not in [0, 1].
     """
-    if not 0 <= sparsity <= 1:
-        raise ValueError(f"`sparsity` is {sparsity}; expected a fraction in [0, 1), such as 0.9 for 90 %.")
+    if not is_number(sparsity, 0, 1):
+        require("sparsity", sparsity, FRACTION)
     return round((1 - sparsity) * total)
 
 
@@ -93,10 +94,13 @@ def select_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str = "gl
 
 def select(scores: Mapping[str, Tensor], sparsity: float, scope: str, magnitude: bool) -> dict[str, Tensor]:
     """Select masks by score, or by absolute score where `magnitude` is True; see [`select_masks`]."""
+    if not isinstance(scores, Mapping) or not all(isinstance(score, Tensor) for score in scores.values()):
+        raise ValueError(f"The scores are {shortened(scores)}; expected a dictionary of tensors by weight name.")
+    if complex_ones := [name for name, score in scores.items() if score.is_complex()]:
+        raise ValueError(f"The scores of {complex_ones[0]} are complex numbers, which have no order.")
     if not scores:
         raise ValueError("No scores were given, so there is nothing to select.")
-    if scope not in SCOPES:
-        raise ValueError(f"`scope` is {scope!r}; expected one of {', '.join(SCOPES)}.")
+    require("scope", scope, one_of(SCOPES))
     if sharding.is_sharded(scores.values()):
         return _select_sharded_masks(_ranked(scores, magnitude), sparsity, scope)
     if scope == "row":

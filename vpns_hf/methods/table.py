@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..scores.starts import AUTO, HYDRA, ScoreSettings
+from ..values import NAME, require
 from .magnitude_schedules import AlternatingCompression, GradualMagnitude, RigL, by_lamp
 from .mask_schedules import GradualSparsity, LearnedMasks, MaskSchedule, ScoredMasks, Unmasked
 from .preparations import Preparation, RecalibrateBatchNorm, Reconstruct, Rewind, Select
@@ -264,6 +265,7 @@ def get_method(name: str) -> Method:
     Raises:
         ValueError: there is none, or it has a prompt already, or trains nothing in its last stage, or finds no mask.
     """
+    require("method", name, NAME)
     if name.endswith(MASK_ALONE):
         return _mask_alone(name.removesuffix(MASK_ALONE))
     base = name.removesuffix(WITH_PROMPT)

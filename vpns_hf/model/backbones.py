@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,17 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import CONFIG_NAME
 
 from ..hub import find_file, hub_kwargs
 from ..pixels import PixelMap, measure_pixels
+from ..saved_files import read_json
 from . import packed_shards
+from .backbone_config import check_backbone
 from .checks import check_handed_over
 from .configuration import PromptedSparseConfig
 from .labels import labels_of, set_labels
+from .loading import in_one_sentence, load_image_processor, no_larger_than
 from .tensor_shapes import build_backbone
 from .timm_backbones import without_repeated_arguments, wrap_timm_model
 
@@ -75,7 +79,27 @@ def load_backbone(
 
 def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
     """Load a model, and the names of the weights that its checkpoint lacks."""
+
+    def find(file: str) -> str | None:
+        return find_file(name, file, kwargs)
+
+    with in_one_sentence(name):
+        config = _read_config(name, find, kwargs)
+        # Refuses files that only point to weights in Git LFS.
+        packed_shards.find_packed_files(name, find, kwargs.get("variant"))
+        settings = {"dtype": torch.float32, "trust_remote_code": False} | kwargs
+        if isinstance(config, transformers.TimmWrapperConfig):
+            settings |= {"config": config}
+        with no_larger_than(packed_shards.unpacked_size(find, kwargs.get("variant"))):
+            model, info = AutoModelForImageClassification.from_pretrained(name, **settings, output_loading_info=True)
+    return model, set(info["missing_keys"])
+
+
+def _read_config(name: str, find: Callable[[str], str | None], kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """Read the configuration of an image classifier, and refuse what cannot be one."""
     try:
+        if (path := find(CONFIG_NAME)) is not None:
+            read_json(Path(path))  # refuses what transformers would stumble over
         config = AutoConfig.from_pretrained(name, **hub_kwargs(kwargs))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -89,13 +113,10 @@ def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[s
             f"{name} is a {config.model_type!r} model, and transformers has no image classifier of that type; pass "
             "the id of an image classification model."
         )
-    # Refuses files that only point to weights in Git LFS.
-    packed_shards.find_packed_files(name, lambda file: find_file(name, file, kwargs), kwargs.get("variant"))
-    settings = {"dtype": torch.float32, "trust_remote_code": False} | kwargs
     if isinstance(config, transformers.TimmWrapperConfig) and config.model_args:
-        settings |= {"config": without_repeated_arguments(config, name)}
-    model, info = AutoModelForImageClassification.from_pretrained(name, **settings, output_loading_info=True)
-    return model, set(info["missing_keys"])
+        config = without_repeated_arguments(config, name)
+    check_backbone(config)
+    return config
 
 
 def _refuse_pruned(config: PreTrainedConfig, name: str) -> None:
@@ -112,7 +133,12 @@ def find_image_processor(name: str, kwargs: Mapping[str, Any]) -> BaseImageProce
     Args:
         name: Hub id or folder.
         kwargs: arguments of `from_pretrained`, such as `revision` and `token`.
+
+    Raises:
+        ValueError: the file of the image processor is damaged, or describes none.
     """
+    if (image_processor := load_image_processor(name, kwargs)) is not None:
+        return image_processor
     try:
         return transformers.AutoImageProcessor.from_pretrained(name, **hub_kwargs(kwargs))
     except (OSError, ValueError):

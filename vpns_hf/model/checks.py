@@ -4,36 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .. import masking
-from ..label_mapping import get_label_mapping
+from ..values import FLAG, FRACTION, PATH, Check, count, either, instance_of, optional
+from .configuration_checks import FIELDS, LABEL_COUNT
 from .tensor_shapes import build_backbone
 
 if TYPE_CHECKING:
     from .modeling import PromptedSparseModel
 
 
-def check_settings(
-    sparsity: float, label_mapping: str | None, new_head: bool | None, labels: Mapping[int, str] | None
-) -> None:
+def _is_processor(value: Any) -> bool:
+    # Looked up only where there is one: the class loads torchvision.
+    return value is None or isinstance(value, transformers.BaseImageProcessor)
+
+
+_SIDES = either(count(1, 2**14), FIELDS["image_size"])
+SETTINGS: dict[str, Check] = {
+    "backbone": Check("a Hub id, a local folder or a model object", either(PATH, instance_of(nn.Module)).accepts),
+    "sparsity": FRACTION,
+    **{name: FIELDS[name] for name in ("scope", "prompt", "prompt_size", "label_mapping", "keep_source_head")},
+    **{name: FIELDS[name] for name in ("ignore_modules", "image_mean", "image_std")},
+    "new_head": optional(FLAG),
+    "num_labels": optional(LABEL_COUNT),
+    "prompt_inner_size": _SIDES,
+    "image_size": _SIDES,
+    "image_processor": Check("None or an image processor", _is_processor),
+}
+"""Checks of the arguments of [`PromptedSparseModel.from_backbone`]."""
+
+
+def check_settings(label_mapping: str | None, new_head: bool | None, labels: Mapping[int, str] | None) -> None:
     """Refuse settings of [`PromptedSparseModel.from_backbone`] that do not fit together.
 
     Raises:
-        ValueError: a sparsity outside [0, 1], or a label mapping that is unknown, or has a new head or no labels.
+        ValueError: a label mapping has a new head or no labels.
     """
-    if label_mapping is not None:
-        get_label_mapping(label_mapping)
-        if new_head or labels is None:
-            raise ValueError(
-                "A label mapping keeps the pretrained head: pass `num_labels` or `id2label` of the task, and no "
-                "`new_head`."
-            )
-    masking.kept_count(0, sparsity)
+    if label_mapping is not None and (new_head or labels is None):
+        raise ValueError(
+            "A label mapping keeps the pretrained head: pass `num_labels` or `id2label` of the task, and no "
+            "`new_head`."
+        )
 
 
 def check_prunable(model: PromptedSparseModel) -> None:

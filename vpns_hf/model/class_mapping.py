@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..values import FLAG, checked
 from .head import checked_classes, checked_matrix, take_classes
 from .labels import set_labels
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .modeling import PromptedSparseModel
 
 
+@checked(final=FLAG)
 def map_classes(model: PromptedSparseModel, mapping: Tensor | Sequence[int], final: bool) -> None:
     """Set a label mapping; see [`PromptedSparseModel.set_label_mapping`].
 

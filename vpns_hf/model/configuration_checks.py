@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..label_mapping import LABEL_MAPPINGS
 from ..masking.selection import SCOPES
+from ..values import FLAG, NAMES, Check, are, check_values, count, is_count, is_number, one_of, optional, shortened
 from .backbone_config import MAX_LABELS
 from .prompts import PROMPTS
 
@@ -15,88 +16,51 @@ if TYPE_CHECKING:
 
 STATES = ("dense", "search", "frozen")
 LABEL_MAPPING_STATES = ("unset", "open", "final")
-_MAX_SIDE, _MAX_CHANNELS, _MAX_NAMES, _MAX_LENGTH = 2**14, 64, 10_000, 500
+_MAX_SIDE, _MAX_CHANNELS = 2**14, 64
 _LARGEST, _SMALLEST_STD = 1e6, 1e-6
 
 
-class Check(NamedTuple):
-    """Values that a field takes.
-
-    Args:
-        expected: the values in words, to follow "expected".
-        accepts: whether a value is one of them.
-    """
-
-    expected: str
-    accepts: Callable[[Any], bool]
-
-
-def _is_number(value: Any, least: float = -_LARGEST, most: float = _LARGEST) -> bool:
-    # NaN compares with nothing; True would pass as 1.
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_count(value: Any, most: int, least: int = 1) -> bool:
-    return type(value) is int and least <= value <= most
-
-
-def _are(value: Any, lengths: Sequence[int], accepts: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list | tuple) and len(value) in lengths and all(map(accepts, value))
-
-
-def _one_of(values: Sequence[str]) -> Check:
-    return Check(f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values)
-
-
-def _optional(check: Check) -> Check:
-    return Check(f"None or {check.expected}", lambda value: value is None or check.accepts(value))
-
-
-def _names() -> Check:
-    def is_name(value: Any) -> bool:
-        return isinstance(value, str) and 0 < len(value) <= _MAX_LENGTH
-
-    return Check("a list of names", lambda value: _are(value, range(_MAX_NAMES + 1), is_name))
-
-
-_FLAG = Check("True or False", lambda value: type(value) is bool)
 _SIDES = Check(
     f"(height, width), each from 1 to {_MAX_SIDE} pixels",
-    lambda value: _are(value, (2,), lambda side: _is_count(side, _MAX_SIDE)),
+    lambda value: are(value, (2,), lambda side: is_count(side, 1, _MAX_SIDE)),
 )
 _CHANNELS = range(1, _MAX_CHANNELS + 1)
+LABEL_COUNT = count(1, MAX_LABELS)
 FIELDS = {
-    "state": _one_of(STATES),
-    "sparsity": Check("a fraction in [0, 1)", lambda value: _is_number(value, 0, 1)),
-    "scope": _one_of(SCOPES),
-    "signed_scores": _FLAG,
-    "ignore_modules": _names(),
-    "head_parameters": _names(),
-    "new_head": _FLAG,
-    "prompt": _optional(_one_of(tuple(PROMPTS))),
+    "state": one_of(STATES),
+    "sparsity": Check("a fraction in [0, 1)", lambda value: is_number(value, 0, 1)),
+    "scope": one_of(SCOPES),
+    "signed_scores": FLAG,
+    "ignore_modules": NAMES,
+    "head_parameters": NAMES,
+    "new_head": FLAG,
+    "prompt": optional(one_of(tuple(PROMPTS))),
     # Each prompt has limits of its own, which depend on the image.
-    "prompt_size": Check(f"a whole number up to {_MAX_SIDE}", lambda value: _is_count(value, _MAX_SIDE, -_MAX_SIDE)),
-    "prompt_inner_size": _optional(_SIDES),
-    "image_size": _optional(_SIDES),
-    "image_mean": _optional(
-        Check("one finite number for each channel", lambda value: _are(value, _CHANNELS, _is_number))
+    "prompt_size": Check(f"a whole number up to {_MAX_SIDE}", lambda value: is_count(value, -_MAX_SIDE, _MAX_SIDE)),
+    "prompt_inner_size": optional(_SIDES),
+    "image_size": optional(_SIDES),
+    "image_mean": optional(
+        Check(
+            "one finite number for each channel",
+            lambda value: are(value, _CHANNELS, lambda mean: is_number(mean, -_LARGEST, _LARGEST)),
+        )
     ),
-    "image_std": _optional(
+    "image_std": optional(
         Check(
             f"one finite number of at least {_SMALLEST_STD} for each channel",
-            lambda value: _are(value, _CHANNELS, lambda std: _is_number(std, _SMALLEST_STD)),
+            lambda value: are(value, _CHANNELS, lambda std: is_number(std, _SMALLEST_STD, _LARGEST)),
         )
     ),
-    "use_prompt": _FLAG,
-    "label_mapping": _optional(_one_of(tuple(LABEL_MAPPINGS))),
-    "label_mapping_state": _one_of(LABEL_MAPPING_STATES),
-    "mapped_labels": _optional(
+    "use_prompt": FLAG,
+    "label_mapping": optional(one_of(tuple(LABEL_MAPPINGS))),
+    "label_mapping_state": one_of(LABEL_MAPPING_STATES),
+    "mapped_labels": optional(
         Check(
             "a list of the source class of each target class",
-            lambda value: _are(value, range(1, MAX_LABELS + 1), lambda label: _is_count(label, 2**20, 0)),
+            lambda value: are(value, range(1, MAX_LABELS + 1), lambda label: is_count(label, 0, 2**20)),
         )
     ),
-    "keep_source_head": _FLAG,
+    "keep_source_head": FLAG,
 }
 
 
@@ -106,16 +70,7 @@ def check_fields(config: PromptedSparseConfig) -> None:
     Raises:
         ValueError: what it is and what was expected, in one sentence.
     """
-    for name, check in FIELDS.items():
-        value = getattr(config, name)
-        if not check.accepts(value):
-            raise ValueError(f"`{name}` is {shortened(value)}; expected {check.expected}.")
-
-
-def shortened(value: Any) -> str:
-    """Shorten a value to at most one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+    check_values(vars(config), FIELDS)
 
 
 def check_labels(labels: Any, count: Any) -> None:
@@ -128,8 +83,8 @@ def check_labels(labels: Any, count: Any) -> None:
     Raises:
         ValueError: the reason in one sentence.
     """
-    if count is not None and not _is_count(count, MAX_LABELS):
-        raise ValueError(f"`num_labels` is {shortened(count)}; expected a whole number from 1 to {MAX_LABELS}.")
+    if count is not None and not LABEL_COUNT.accepts(count):
+        raise ValueError(f"`num_labels` is {shortened(count)}; expected {LABEL_COUNT.expected}.")
     if labels is None:
         return
     if not isinstance(labels, Mapping) or not all(isinstance(name, str | int) for name in labels.values()):

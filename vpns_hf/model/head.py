@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..values import shortened
 from .configuration import PromptedSparseConfig
+
+_WHOLE_NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def checked_matrix(mapping: Tensor | Sequence[int], shape: torch.Size) -> Tensor:
@@ -17,7 +21,7 @@ def checked_matrix(mapping: Tensor | Sequence[int], shape: torch.Size) -> Tensor
     Raises:
         ValueError: it has another shape, or values that are not finite.
     """
-    matrix = torch.as_tensor(mapping)
+    matrix = _as_tensor(mapping)
     if matrix.shape != shape or not matrix.isfinite().all():
         raise ValueError(
             f"A Bayesian label mapping needs finite weights of shape {tuple(shape)}, [source, target]; got shape "
@@ -26,14 +30,23 @@ def checked_matrix(mapping: Tensor | Sequence[int], shape: torch.Size) -> Tensor
     return matrix
 
 
+def _as_tensor(mapping: Any) -> Tensor:
+    try:
+        return torch.as_tensor(mapping)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The label mapping is {shortened(mapping)}; expected a tensor or a list of numbers."
+        ) from error
+
+
 def checked_classes(mapping: Tensor | Sequence[int], num_target: int, num_source: int) -> list[int]:
     """Check a one-to-one label mapping, and return the source class of each target class.
 
     Raises:
         ValueError: it does not name one source class for each of them.
     """
-    mapped = torch.as_tensor(mapping)
-    is_whole = mapped.shape == (num_target,) and not mapped.is_floating_point()
+    mapped = _as_tensor(mapping)
+    is_whole = mapped.shape == (num_target,) and mapped.dtype in _WHOLE_NUMBERS
     if not is_whole or not ((mapped >= 0) & (mapped < num_source)).all():
         raise ValueError(
             f"A label mapping needs one source class in [0, {num_source}) for each of the {num_target} target "

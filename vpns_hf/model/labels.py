@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from transformers import PreTrainedConfig
 
 from .configuration import PromptedSparseConfig
+from .configuration_checks import check_labels
 
 
 def label_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[int, str] | None:
@@ -15,18 +16,9 @@ def label_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> d
     Raises:
         ValueError: both are given and do not fit, or the class ids do not count from 0 without gaps.
     """
+    check_labels(id2label, num_labels)
     if id2label is not None:
-        if num_labels not in (None, len(id2label)):
-            raise ValueError(
-                f"`num_labels` is {num_labels}, but `id2label` names {len(id2label)} labels; pass one of them."
-            )
-        labels = {int(index): name for index, name in id2label.items()}
-        if sorted(labels) != list(range(len(labels))):
-            raise ValueError(
-                f"`id2label` numbers {len(labels)} labels {', '.join(map(str, sorted(labels)[:5]))}...; number them "
-                f"from 0 to {len(labels) - 1} without gaps, as the logits are."
-            )
-        return labels
+        return {int(index): name for index, name in id2label.items()}
     return None if num_labels is None else {index: f"LABEL_{index}" for index in range(num_labels)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Iterator, Mapping
@@ -17,14 +18,21 @@ from torch.nn.modules import module as torch_module
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .. import hub
+from ..pixels import measure_pixels
 from ..saved_files import read_json
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
+    from .configuration import PromptedSparseConfig
+
+logger = logging.getLogger(__name__)
+
 _MAX_SIDE = 2**12
 # Models register some tensors twice while they are built, and small ones are no danger.
 _FACTOR, _SPARE_ENTRIES, _SPARE_TENSORS = 2, 2**22, 2000
+# Bytes that a tensor takes at least in the header of a file.
+_HEADER_ENTRY = 50
 
 
 @contextmanager
@@ -77,7 +85,7 @@ def no_larger_than(size: int) -> Iterator[None]:
         if tensor is None or not tensor.is_meta or threading.get_ident() != thread:
             return
         entries, tensors = entries + tensor.numel(), tensors + 1
-        if entries > limit or tensors > size + _SPARE_TENSORS:
+        if entries > limit or tensors > size // _HEADER_ENTRY + _SPARE_TENSORS:
             raise ValueError(
                 f"The configuration describes a model of more than {entries:,} entries, and the weight files hold "
                 f"{size:,} bytes; they do not belong together."
@@ -122,6 +130,31 @@ def load_image_processor(name: str, kwargs: Mapping[str, Any]) -> BaseImageProce
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} describes no image processor ({type(error).__name__}: {reason}).") from error
+
+
+def warn_of_other_images(name: str, image_processor: BaseImageProcessor, config: PromptedSparseConfig) -> None:
+    """Warn if an image processor makes images of another size or normalisation than the configuration states.
+
+    Args:
+        name: Hub id or folder of both, for the message.
+        image_processor: image processor that was saved with a model.
+        config: configuration of the model.
+    """
+    if None in (config.image_size, config.image_mean, config.image_std):
+        return
+    try:
+        pixels = measure_pixels(image_processor, config.geometry.size)
+    except ValueError as error:
+        logger.warning("The image processor of %s does not make images for its model: %s", name, error)
+        return
+    if pixels.size != config.geometry.size or not pixels.agrees(config.geometry.mean, config.geometry.std):
+        logger.warning(
+            "The image processor of %s makes images of %s (height, width) with mean %s and std %s, and the model's "
+            "configuration states %s with mean %s and std %s; one of the two files was changed.",
+            name,
+            *(pixels.size, pixels.mean, pixels.std),
+            *config.geometry,
+        )
 
 
 def _check_processor(path: str, values: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput
 
 from .. import hub
 from ..masking.recomputation import recomputing
+from ..values import FLAG, checked
 from . import backbones, checks, saving
 from .class_mapping import map_classes
 from .configuration import PromptedSparseConfig
@@ -58,9 +59,9 @@ class PromptedSparseModel(SparseModel):
     _supports_attention_backend = True
     # An update of 1e-4 vanishes in half precision.
     _keep_in_fp32_modules_strict = ["scores", "prompt", "label_matrix"]  # noqa: RUF012
-    # Set while the prompt is trained alone: no dropout, and BatchNorm keeps its running statistics.
     # Loss of logits and labels in place of the backbone's own, as one-shot scores of a trainer's loss need it.
     task_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    # Set while the prompt is trained alone: no dropout, and BatchNorm keeps its running statistics.
     eval_backbone = False
     label_matrix: Tensor | None
 
@@ -96,6 +97,7 @@ class PromptedSparseModel(SparseModel):
         """Return None: images have no token embeddings, which accelerate would shard separately."""
 
     @classmethod
+    @checked(**checks.SETTINGS)
     def from_backbone(
         cls,
         backbone: str | nn.Module,
@@ -120,9 +122,8 @@ class PromptedSparseModel(SparseModel):
         """Wrap a pretrained image classifier in the *search* state: scores attached, mask selected, weights frozen.
 
         Args:
-            backbone: Hub id, local folder, or a model object: a transformers image classifier or a timm model. A model
-                object is wrapped, not copied. timm models are wrapped by transformers'
-                `TimmWrapperForImageClassification`.
+            backbone: Hub id, local folder, or a model object, which is wrapped, not copied: a transformers image
+                classifier or a timm model (by way of transformers' `TimmWrapperForImageClassification`).
             sparsity: fraction of the prunable weights to remove, in [0, 1).
             scope: `"global"`, `"layer"` or `"erk"`.
             prompt: `"pad"`, `"fixed"`, `"random"`, `"expand"`, `"stripe"`, `"lowrank"` (see [`prompts`]), or None.
@@ -148,10 +149,11 @@ class PromptedSparseModel(SparseModel):
             OSError: the backbone cannot be found.
         """
         labels = label_names(num_labels, id2label)
-        checks.check_settings(sparsity, label_mapping, new_head, labels)
+        checks.check_settings(label_mapping, new_head, labels)
         model, fresh_head, image_processor = backbones.load_backbone(
             backbone, None if label_mapping else labels, new_head, image_processor, kwargs
         )
+        labels = labels or labels_of(model.config)
         geometry = backbones.image_geometry(model.config, image_processor, image_size, image_mean, image_std)
         config = PromptedSparseConfig(
             backbone_config=backbones.config_of(model),
@@ -165,10 +167,10 @@ class PromptedSparseModel(SparseModel):
             prompt_inner_size=backbones.height_width(prompt_inner_size),
             label_mapping=label_mapping,
             keep_source_head=keep_source_head,
-            id2label=dict(labels or labels_of(model.config)),
+            id2label=labels,
             **geometry,
         )
-        set_labels(config, labels or labels_of(model.config))
+        set_labels(config, labels)
         wrapped = cls(config, model)
         if geometry == backbones.image_geometry(model.config, image_processor):
             wrapped.image_processor = backbones.savable(image_processor)
@@ -274,7 +276,6 @@ class PromptedSparseModel(SparseModel):
             labels: class ids [n], or class probabilities [n, num_labels]; for `multi_label_classification` zeros and
                 ones [n, num_labels].
             use_prompt: whether the visual prompt is added; None: `config.use_prompt`.
-
             output_attentions, output_hidden_states: whether those of the backbone are returned; None: as the
                 configuration says.
 
@@ -312,9 +313,9 @@ class PromptedSparseModel(SparseModel):
         return self._run_backbone(pixel_values, use_prompt).logits
 
     def _run_backbone(self, pixel_values: Tensor, use_prompt: bool | None, extras: Sequence[str] = ()) -> ModelOutput:
-        if use_prompt is None:
-            use_prompt = self.config.use_prompt
-        if use_prompt:
+        if use_prompt not in (None, True, False):
+            raise ValueError(f"`use_prompt` is {use_prompt!r}; expected None, True or False.")
+        if self.config.use_prompt if use_prompt is None else use_prompt:
             if self.prompt is None:
                 raise ValueError('`use_prompt=True`, but this model has no prompt; build it with `prompt="pad"`.')
             pixel_values = self.prompt(pixel_values)
@@ -345,6 +346,7 @@ class PromptedSparseModel(SparseModel):
 
         return build_fast_model(self, example, **kwargs)
 
+    @checked(prompt=FLAG)
     def load_subnetwork(
         self, pretrained_model_name_or_path: str | os.PathLike[str], prompt: bool = True, **kwargs: Any
     ) -> None:
@@ -357,8 +359,7 @@ class PromptedSparseModel(SparseModel):
             kwargs: arguments of `from_pretrained` (`revision`, `token`, ...).
 
         Raises:
-            ValueError: it is not pruned, its tensors differ from those of this model (all are named), or its prompt is
-                made for other images.
+            ValueError: it is not pruned, or its tensors or the images of its prompt are not those of this model.
         """
         other = type(self).from_pretrained(pretrained_model_name_or_path, **kwargs)
         name = str(pretrained_model_name_or_path)

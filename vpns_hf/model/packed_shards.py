@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from .. import storage
 from ..masking.prunable import MASK_SUFFIX
@@ -148,11 +148,15 @@ def unpacked_size(find: Callable[[str], str | None], variant: str | None = None)
     Raises:
         PackedFormatError: a header or the index is damaged.
     """
-    whole, index = (find(_file_name(name, variant)) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    if whole is not None:
-        return _unpacked_size(whole)
-    shards = _read_index(Path(index)) if index is not None else {}
-    return sum(_unpacked_size(path) for shard in shards if (path := find(shard)) is not None)
+    for name, index_name in (
+        (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),
+        (WEIGHTS_NAME, WEIGHTS_INDEX_NAME),
+    ):
+        if (whole := find(_file_name(name, variant))) is not None:
+            return _unpacked_size(whole)
+        if (index := find(_file_name(index_name, variant))) is not None:
+            return sum(_unpacked_size(path) for shard in _read_index(Path(index)) if (path := find(shard)) is not None)
+    return 0
 
 
 def _unpacked_size(path: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,19 +13,24 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
 from .. import hub
-from ..masking.frozen import check_zeros
+from ..masking.frozen import ZEROS_LOST, check_zeros
 from ..saved_files import read_json
 from ..saved_folder import current_folder, replacing
+from ..values import FLAG, PATH, Check, checked, count, either, optional, require
 from . import packed_shards
 from .labels import share_labels
-from .loading import in_one_sentence, load_image_processor, no_larger_than
+from .loading import in_one_sentence, load_image_processor, no_larger_than, warn_of_other_images
 
 if TYPE_CHECKING:
     from .modeling import PromptedSparseModel
 
 PROMPT_TENSORS = ("prompt", "label_matrix")
+_SHARD_SIZE = either(
+    count(1, 2**62), Check("a size such as '5GB'", lambda value: bool(re.fullmatch(r"[1-9]\d*[KMGT]B", str(value))))
+)
 
 
+@checked(save_directory=PATH, packed=optional(FLAG))
 def save(
     model: PromptedSparseModel,
     save_directory: str | os.PathLike[str],
@@ -48,7 +54,13 @@ def save(
             f"Only frozen masks can be packed; the model is in the {model.config.state!r} state. Call "
             "`freeze_masks()` first."
         )
+    if model.config.state == "frozen":
+        check_zeros(model.prunable_weights(), model.masks(), ZEROS_LOST)
     share_labels(model.config, model.config.backbone_config)
+    if "max_shard_size" in kwargs:
+        require("max_shard_size", kwargs["max_shard_size"], _SHARD_SIZE)
+    if Path(save_directory).exists() and not Path(save_directory).is_dir():
+        raise FileExistsError(f"{save_directory} is a file; name a folder to save to.")
     with replacing(Path(save_directory)) as folder:
         if packed or (packed is None and model.config.state == "frozen"):
             _save_packed(model, folder, save_plain, **kwargs)
@@ -144,6 +156,8 @@ def _load(
         check_zeros(model.prunable_weights(), model.masks(), f"{name} is damaged or was not saved by this library")
     model._mask_gradients()
     model.image_processor = load_image_processor(name, kwargs)
+    if model.image_processor is not None:
+        warn_of_other_images(name, model.image_processor, model.config)
     return model, info
 
 

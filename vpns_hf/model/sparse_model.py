@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -16,6 +16,7 @@ from ..masking import sharding
 from ..masking.frozen import mask_gradients
 from ..masking.prunable import MASK_SUFFIX, PrunableWeight, parametrizations, stored_weight
 from ..masking.search import MaskedWeight
+from ..values import FLAG, FRACTION, NUMBER, checked, one_of, require
 from .backbones import position_kwargs
 from .configuration import PromptedSparseConfig
 from .labels import share_labels
@@ -23,9 +24,8 @@ from .sparsity import SparsityReport, measure_sparsity
 from .tensor_shapes import build_backbone
 
 logger = logging.getLogger(__name__)
-_ZEROS_LOST = "call `zero_masked_weights()` to write the zeros, which changes the logits"
-_DENSE_STATE = "multiply the weights of the state by the masks, or load it into a model in the dense state"
 ROLES = ("scores", "prompt", "head", "weights")
+_ROLE = one_of(ROLES)
 
 
 class SparseModel(PreTrainedModel):
@@ -51,6 +51,7 @@ class SparseModel(PreTrainedModel):
         elif config.state == "frozen":
             prunables = self.prunables()
             masking.freeze(prunables, masking.all_kept(prunables))
+        masking.guard_states(self.backbone)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Hooks on parameters are lost when a model is copied.
@@ -86,7 +87,16 @@ class SparseModel(PreTrainedModel):
         return roles
 
     def train_only(self, *roles: str) -> None:
-        """Set `requires_grad` for the parameters of these roles and clear it for all others."""
+        """Set `requires_grad` for the parameters of these roles and clear it for all others.
+
+        Args:
+            roles: names out of `scores`, `prompt`, `head` and `weights`.
+
+        Raises:
+            ValueError: there is no such role.
+        """
+        for role in roles:
+            require("roles", role, _ROLE)
         for role, parameters in self.parameters_by_role().items():
             for parameter in parameters.values():
                 parameter.requires_grad_(role in roles)
@@ -125,10 +135,10 @@ class SparseModel(PreTrainedModel):
         frozen = self.config.state == "frozen"
         return masking.nonzero_or_kept(self.prunables()) if frozen else self.masks()
 
+    @checked(sparsity=FRACTION)
     def set_sparsity(self, sparsity: float) -> None:
         """Change the sparsity and select new masks; search state only."""
         self._require("search", "change the sparsity")
-        masking.kept_count(0, sparsity)
         self.config.sparsity = sparsity
         self.update_masks()
         self._warn_of_collapse()
@@ -138,6 +148,7 @@ class SparseModel(PreTrainedModel):
         self._require("search", "update masks")
         return masking.update_masks(self.prunables(), self.config.sparsity, self.config.scope)
 
+    @checked(weight=NUMBER)
     def set_implicit_gradient(self, weight: float) -> None:
         """Add BiP's implicit gradient to that of the scores (arXiv 2210.04092); search state only.
 
@@ -169,6 +180,7 @@ class SparseModel(PreTrainedModel):
             self.backbone, self.prunables(), self._measured_masks(), self.config.image_size, self._backbone_kwargs
         )
 
+    @checked(signed=FLAG)
     def attach_scores(self, signed: bool = False) -> None:
         """Attach scores and masks to the prunable weights (dense to search); scores and prompt become trainable.
 
@@ -245,7 +257,7 @@ class SparseModel(PreTrainedModel):
         if self.config.state == "search":
             self.freeze_masks()
         if self.config.state == "frozen":
-            masking.check_zeros(self.prunable_weights(), self.masks(), _ZEROS_LOST)
+            masking.check_zeros(self.prunable_weights(), self.masks(), masking.ZEROS_LOST)
             masking.unfreeze(self.prunables())
         share_labels(self.config, self.backbone.config)
         return self.backbone
@@ -291,16 +303,15 @@ class SparseModel(PreTrainedModel):
             ValueError: in the frozen state, a weight is not zero where the mask that it comes with, or else that of
                 this model, is False. Nothing is loaded then.
         """
+        masking.check_state(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        """Apply a function to every module, as any module does; frozen zeros are written again afterwards."""
+        super().apply(fn)
         if self.config.state == "frozen":
-            own = self.masks()
-            masks = {name: state_dict.get(f"backbone.{name}{MASK_SUFFIX}", mask) for name, mask in own.items()}
-            weights = {
-                name: state_dict.get(f"backbone.{name}", weight) for name, weight in self.prunable_weights().items()
-            }
-            masking.check_zeros(weights, masks, _DENSE_STATE)
-        result = super().load_state_dict(state_dict, strict, assign)
-        self._mask_gradients()
-        return result
+            self.zero_masked_weights()
+        return self
 
     def zero_masked_weights(self) -> None:
         """Write the zeros into pruned weights, for training loops that overwrite parameters; frozen state only."""

@@ -18,8 +18,13 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from .. import masking
 from ..model.modeling import PromptedSparseModel
+from ..values import ABOVE_0, SEED, Check, checked, instance_of, require
 from .layer_inputs import input_columns, observe_inputs
 
+_BATCHES = Check(
+    "a list of dictionaries of `pixel_values` and maybe `labels`",
+    lambda value: isinstance(value, Sequence) and all(isinstance(batch, Mapping) for batch in value),
+)
 Score = Callable[..., dict[str, Tensor]]
 
 
@@ -55,8 +60,10 @@ def score_weights(
         ValueError: unknown score, no batches or labels where they are needed, masks that do not fit the model, or
             scores that are not finite.
     """
-    if name not in SCORES:
+    if not isinstance(name, str) or name not in SCORES:
         raise ValueError(f"There is no score {name!r}; expected one of {', '.join(SCORES)}.")
+    require("model", model, instance_of(PromptedSparseModel))
+    require("batches", batches, _BATCHES)
     dense = dense_copy(model, masks)
     dense.task_loss = loss
     with torch.enable_grad(), torch.autocast(model.device.type, enabled=False):
@@ -120,6 +127,8 @@ class Batches(Sequence[Mapping[str, Tensor]]):
         if not self.batches:
             raise ValueError(f"{self.purpose!r} needs at least one batch of images, and none was given.")
         batch = self.batches[index]
+        if not isinstance(batch.get("pixel_values"), Tensor):
+            raise ValueError(f"{self.purpose!r} needs batches with `pixel_values`, and one has {sorted(batch)}.")
         moved = {"pixel_values": batch["pixel_values"].to(self.model.device, self.model.dtype)}
         return moved | ({"labels": batch["labels"].to(self.model.device)} if "labels" in batch else {})
 
@@ -168,6 +177,7 @@ def lamp_of(weight: Tensor) -> Tensor:
     return torch.empty_like(squares).scatter_(0, order, ratios).view(weight.shape).float()
 
 
+@checked(seed=SEED)
 def random(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], seed: int = 0) -> dict[str, Tensor]:
     """Draw scores uniformly from [0, 1), the same on every device.
 
@@ -240,6 +250,7 @@ def _saliency(weight: Tensor, fisher: Tensor, damping: Tensor) -> Tensor:
     return scores.flatten()[: weight.numel()].view(weight.shape).float()
 
 
+@checked(temperature=ABOVE_0)
 def grasp(
     model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]], temperature: float = 200.0
 ) -> dict[str, Tensor]:

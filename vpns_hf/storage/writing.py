@@ -74,6 +74,11 @@ def threads() -> int:
 
 
 def _check_savable(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    for name, tensor in (*tensors.items(), *masks.items()):
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name!r} cannot be stored: expected tensors by name, and it is a {type(tensor).__name__}."
+            )
     for name, tensor in tensors.items():
         if name == "__metadata__" or name.endswith(MASK_SUFFIX):
             raise ValueError(f"No tensor can be stored as {name!r}: the file format takes that name itself.")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,13 +13,11 @@ from transformers.trainer_utils import HubStrategy
 
 from ..methods.stage import Method, RoleSettings, Stage
 from ..methods.table import get_method
-from ..metrics import get_metric
-from ..scores.starts import AUTO, SCORE_STARTS, ScoreSettings
+from ..scores.starts import AUTO, ScoreSettings
+from .argument_checks import check_single
 from .optimizers import NOT_IN_TRAINER, PLATON
 from .trainer_arguments import check_arguments
 
-PROMPT_MIXINGS = ("alternate", "always", "never")
-EVAL_PROMPTS = ("without", "with", "both")
 SELF = "self"
 """Name of the teacher that is the dense reference of the run itself: same seed, steps and batches, nothing pruned."""
 
@@ -173,29 +171,25 @@ class VPNsTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._read_flags()
+        check_single(self)
         optim = self.optim
         if optim in NOT_IN_TRAINER:
             # TrainingArguments takes its own names only.
             self.optim = "sgd"
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"transformers refuses these arguments: {' '.join(str(error).split())}") from error
         if optim in NOT_IN_TRAINER:
             self.optim = optim
         _ = self.pruning_method  # raises if there is none of that name
         self._check_score_settings()
-        _check_choice("prompt_mixing", self.prompt_mixing, PROMPT_MIXINGS)
-        _check_choice("eval_prompt", self.eval_prompt, EVAL_PROMPTS)
-        for name in self.reported_metrics:
-            get_metric(name)
         strategy = HubStrategy(self.hub_strategy)
         if self.push_to_hub and strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
                 f"`hub_strategy={strategy.value!r}` would publish optimizer states, which are pickles; use "
                 "'end' or 'every_save', and resume from the checkpoints in `output_dir`."
-            )
-        if self.consistency_check_steps < 0:
-            raise ValueError(
-                f"`consistency_check_steps` is {self.consistency_check_steps}; expected a number of optimizer steps, "
-                "or 0 to compare nothing."
             )
         if self._uses_fsdp and self.device.type == "cpu":
             # accelerate would run DDP instead, without a word.
@@ -204,42 +198,17 @@ class VPNsTrainingArguments(TrainingArguments):
                 "`recipes/accelerate_configs/ddp_cpu.yaml`."
             )
         check_arguments(self)
-        if not 0 <= self.teacher_weight <= 1:
-            raise ValueError(f"`teacher_weight` is {self.teacher_weight}; expected a share in [0, 1], such as 0.5.")
-        if not 0 < self.teacher_temperature < math.inf:
-            raise ValueError(
-                f"`teacher_temperature` is {self.teacher_temperature}; expected a number above 0, such as 2."
-            )
-        if min(self.mixup_alpha, self.cutmix_alpha) < 0:
-            raise ValueError(
-                f"`mixup_alpha` is {self.mixup_alpha} and `cutmix_alpha` {self.cutmix_alpha}; expected at least 0, "
-                "which is off."
-            )
-        if self.calibration_images_per_class < 1:
-            raise ValueError(
-                f"`calibration_images_per_class` is {self.calibration_images_per_class}; expected at least 1."
-            )
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise ValueError(f"`sparsity` is {self.sparsity}; expected a fraction in [0, 1), such as 0.9 for 90 %.")
+
+    def _read_flags(self) -> None:
+        """Convert what flags can only give as text."""
+        if isinstance(self.score_learning_rate, str) and self.score_learning_rate != AUTO:
+            with suppress(ValueError):  # refused with all other words that are no number
+                self.score_learning_rate = float(self.score_learning_rate)
 
     def _check_score_settings(self) -> None:
-        if isinstance(self.score_learning_rate, str) and self.score_learning_rate != AUTO:
-            # Flags are strings.
-            try:
-                self.score_learning_rate = float(self.score_learning_rate)
-            except ValueError:
-                raise ValueError(
-                    f"`score_learning_rate` is {self.score_learning_rate!r}; expected a number or {AUTO!r}."
-                ) from None
         if self.score_optim == PLATON:
             raise ValueError("`score_optim='platon'` needs scores of its own kind; use `method='platon'`.")
         rate = self.score_learning_rate
-        if isinstance(rate, (int, float)) and not 0 <= rate < math.inf:
-            raise ValueError(f"`score_learning_rate` is {rate}; expected a number of at least 0, or {AUTO!r}.")
-        if self.score_start is not None:
-            _check_choice("score_start", self.score_start, tuple(SCORE_STARTS))
-        if self.score_travel is not None and not 0 < self.score_travel < math.inf:
-            raise ValueError(f"`score_travel` is {self.score_travel}; expected a number above 0, such as 4.")
         if self.score_travel is not None and isinstance(rate, (int, float)):
             raise ValueError(
                 f"`score_travel` is {self.score_travel}, but `score_learning_rate` is the number {rate}; leave one of "
@@ -306,8 +275,3 @@ class VPNsTrainingArguments(TrainingArguments):
 def budgeted_stages(stages: Sequence[Stage]) -> list[Stage]:
     """Return the stages that share `total_max_steps`."""
     return [stage for stage in stages if stage.length in ("search", "tune") and stage.roles]
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` is {value!r}; expected one of {', '.join(choices)}.")

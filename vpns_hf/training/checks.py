@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset
 from transformers import Trainer
@@ -12,6 +12,9 @@ from ..methods.stage import Method, Rounds, Stage
 from ..model.modeling import PromptedSparseModel
 from ..scores.starts import AUTO
 from .arguments import SELF, VPNsTrainingArguments, budgeted_stages
+
+if TYPE_CHECKING:
+    from .plan import StagePlan
 
 
 def check_model(model: Any, args: VPNsTrainingArguments, method: Method) -> None:
@@ -51,6 +54,18 @@ def check_state(stage: Stage, model: PromptedSparseModel, args: VPNsTrainingArgu
             f"`method={args.method!r}` starts from an unpruned model, and this one is pruned already; wrap the "
             "pretrained backbone with `PromptedSparseModel.from_backbone`."
         )
+
+
+def check_training(
+    plans: Sequence[StagePlan], model: PromptedSparseModel, args: VPNsTrainingArguments, data: Any
+) -> None:
+    """Raise unless the first of the stages that are left can start, and there are images for them."""
+    if plans and (data is None or len(data) == 0):
+        raise ValueError(
+            f"`train_dataset` {'is not given' if data is None else 'holds no image'}; pass the images to train on."
+        )
+    if plans and not plans[0].preparations:
+        check_state(plans[0].stage, model, args)
 
 
 def check_teacher(

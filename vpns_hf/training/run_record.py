@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..locks import lock
 from ..saved_folder import UNFINISHED, finish_replacing, remove, writing
+from ..values import FLAG, PATH, either, optional, require
 from .checkpoints import UNFINISHED_CHECKPOINT, damage, last_complete_checkpoint
 from .counters import Cost
 from .run_settings import check_settings
@@ -27,6 +28,7 @@ FIRST_STATE_NAME = "first_state.safetensors"
 MODEL_FOLDER = "model"
 _LEFTOVERS = (f"{STAGES_NAME}.tmp", "first_state.tmp", f"{MODEL_FOLDER}.tmp", UNFINISHED_CHECKPOINT, UNFINISHED)
 logger = logging.getLogger(__name__)
+_CHECKPOINT = optional(either(FLAG, PATH))
 
 
 @contextmanager
@@ -177,6 +179,7 @@ class RunRecord:
         Raises:
             ValueError: the folder holds another run, or the checkpoint is none of it.
         """
+        require("resume_from_checkpoint", resume_from_checkpoint, _CHECKPOINT)
         if str(resume_from_checkpoint).lower() in ("true", "false"):
             # Flags and YAML files give strings.
             resume_from_checkpoint = str(resume_from_checkpoint).lower() == "true"

@@ -29,7 +29,7 @@ from ..metrics import compute_metrics
 from ..model.modeling import PromptedSparseModel
 from .arguments import VPNsTrainingArguments
 from .callbacks import CheckpointControl, LabelMappingUpdates, MaskUpdates, PushCheckpoints
-from .checks import check_data, check_model, check_processes, check_stages, check_state
+from .checks import check_data, check_model, check_processes, check_stages, check_state, check_training
 from .consistency import ConsistencyCheck, keep_masks_from_ddp
 from .counters import trained_weights
 from .interruption import StopSignals
@@ -85,7 +85,7 @@ class VPNsTrainer(StageTrainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
-        check_objects(kwargs)
+        check_objects(kwargs | {"args": args})
         self.method = args.pruning_method
         check_model(model, args, self.method)
         check_data(train_dataset, prompted_train_dataset)
@@ -137,8 +137,7 @@ class VPNsTrainer(StageTrainer):
             kwargs: passed to [`~transformers.Trainer.train`] for every stage.
 
         Returns:
-            Steps of all stages together, the last stage's training loss, and every stage's metrics as
-            `<stage>_<name>`.
+            Steps of all stages together, the last stage's training loss, and all metrics as `<stage>_<name>`.
 
         Raises:
             ValueError: `output_dir` holds another run or is in use by one, or the checkpoint is none of it.
@@ -157,6 +156,7 @@ class VPNsTrainer(StageTrainer):
             logger.warning("Every stage of the run in %s has ended, so nothing is trained.", record.folder)
         if record.finished:
             replace_model(self.model, record.finished_folder(record.finished[-1].name) / MODEL_FOLDER)
+        check_training(plans[len(record.finished) :], self.model, self.args, self.train_dataset)
         if self.args.should_save:
             record.save()
             record.remove_leftovers()

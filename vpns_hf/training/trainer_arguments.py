@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..values import instance_of, require
+
 
 @dataclass(frozen=True)
 class Refused:
@@ -128,6 +130,7 @@ def check_objects(given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the argument, the reason and the way out.
     """
+    require("args", given["args"], instance_of(TrainingArguments))
     for name, reason in REFUSED_OBJECTS.items():
         if given.get(name) not in (None, (None, None)):
             raise ValueError(f"VPNsTrainer does not take `{name}`: {reason}.")

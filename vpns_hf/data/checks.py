@@ -1,0 +1,33 @@
+"""Check the arguments by which a data set is loaded."""
+
+from __future__ import annotations
+
+from ..values import FLAG, NAME, PATH, SEED, SHARE, TEXT, Check, count, either, number, one_of, optional
+from .corrupt import CORRUPT_IMAGES
+
+_NAME = optional(NAME)
+LOADING: dict[str, Check] = {
+    "name": _NAME,
+    "image_column": _NAME,
+    "label_column": _NAME,
+    "train_split": _NAME,
+    "validation_split": _NAME,
+    "test_split": _NAME,
+    "validation_fraction": number("a share between 0 and 1, such as 0.1", lambda value: 0 < value < 1),
+    "shots": optional(count()),
+    "fraction": optional(SHARE),
+    "seed": SEED,
+    "corrupt_images": one_of(CORRUPT_IMAGES),
+    "stream_images": optional(count()),
+    "revision": _NAME,
+    "cache_dir": optional(PATH),
+    "token": optional(either(FLAG, TEXT)),
+    "num_proc": optional(count(1, 1024)),
+}
+EVALUATION = {
+    "split": one_of(("train", "validation", "test")),
+    **{
+        name: LOADING[name]
+        for name in ("name", "image_column", "label_column", "test_split", "revision", "cache_dir", "token")
+    },
+}
