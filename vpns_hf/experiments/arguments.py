@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ..masking.patterns import get_pattern
+
 
 @dataclass
 class ModelArguments:
@@ -17,6 +19,10 @@ class ModelArguments:
     token: str | None = field(default=None, metadata={"help": "Hub token; the one of `hf auth login` when not given."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are cached."})
     scope: str = field(default="global", metadata={"help": "Ranking of weights: global, layer or erk."})
+    pattern: str = field(
+        default="unstructured",
+        metadata={"help": "What is pruned together: unstructured, n:m such as 2:4, or blocks such as block:32."},
+    )
     prompt: str | None = field(
         default="pad", metadata={"help": "Visual prompt: pad, fixed, random, expand, stripe, lowrank, or none."}
     )
@@ -43,6 +49,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        get_pattern(self.pattern)
         if self.prompt in ("none", "None", ""):
             self.prompt = None
 

@@ -9,6 +9,7 @@ has in the dense backbone.
 from .frozen import (
     change_frozen_masks,
     check_masks,
+    check_pattern,
     check_zeros,
     freeze,
     frozen_masks,
@@ -17,6 +18,7 @@ from .frozen import (
     unfreeze,
     zero_masked_weights,
 )
+from .patterns import UNSTRUCTURED, Pattern, get_pattern
 from .prunable import MASK_SUFFIX, PrunableWeight, all_kept, dense_state, find_prunable_weights, stored_weight
 from .search import MaskedWeight, attach_scores, detach_scores, masked_weights, update_masks
 from .selection import SCOPES, erk_densities, kept_count, select_masks
@@ -24,12 +26,15 @@ from .selection import SCOPES, erk_densities, kept_count, select_masks
 __all__ = [
     "MASK_SUFFIX",
     "SCOPES",
+    "UNSTRUCTURED",
     "MaskedWeight",
+    "Pattern",
     "PrunableWeight",
     "all_kept",
     "attach_scores",
     "change_frozen_masks",
     "check_masks",
+    "check_pattern",
     "check_zeros",
     "dense_state",
     "detach_scores",
@@ -37,6 +42,7 @@ __all__ = [
     "find_prunable_weights",
     "freeze",
     "frozen_masks",
+    "get_pattern",
     "kept_count",
     "mask_gradients",
     "masked_weights",

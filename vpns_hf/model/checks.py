@@ -18,13 +18,19 @@ if TYPE_CHECKING:
     from .modeling import PromptedSparseModel
 
 
-def check_settings(
-    sparsity: float, label_mapping: str | None, new_head: bool | None, labels: Mapping[int, str] | None
-) -> None:
-    """Refuse settings of [`PromptedSparseModel.from_backbone`] that do not fit together.
+def checked_sparsity(
+    sparsity: float | None,
+    scope: str,
+    pattern: str,
+    label_mapping: str | None,
+    new_head: bool | None,
+    labels: Mapping[int, str] | None,
+) -> float:
+    """Return the sparsity to prune to; refuse settings of [`PromptedSparseModel.from_backbone`] that do not fit.
 
     Raises:
-        ValueError: a sparsity outside [0, 1], or a label mapping that is unknown, or has a new head or no labels.
+        ValueError: a sparsity outside [0, 1] or that the pattern does not take, an unknown pattern, or a label mapping
+            that is unknown, or has a new head or no labels.
     """
     if label_mapping is not None:
         get_label_mapping(label_mapping)
@@ -33,7 +39,10 @@ def check_settings(
                 "A label mapping keeps the pretrained head: pass `num_labels` or `id2label` of the task, and no "
                 "`new_head`."
             )
+    sparsity = masking.get_pattern(pattern).final_sparsity(sparsity)
     masking.kept_count(0, sparsity)
+    masking.get_pattern(pattern).check(sparsity, scope)
+    return sparsity
 
 
 def check_prunable(model: PromptedSparseModel) -> None:
@@ -45,7 +54,7 @@ def check_prunable(model: PromptedSparseModel) -> None:
     if not model.prunables():
         raise ValueError(
             f"{type(model.backbone).__name__} has no prunable weight: no linear or convolution layer outside "
-            "`ignore_modules` and a new head."
+            f"`ignore_modules` and a new head whose shape takes the pattern {model.pattern.name!r}."
         )
 
 

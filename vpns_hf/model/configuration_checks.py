@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..label_mapping import LABEL_MAPPINGS
+from ..masking.patterns import get_pattern
 from ..masking.selection import SCOPES
 from .backbone_config import MAX_LABELS
 from .prompts import PROMPTS
@@ -69,6 +70,7 @@ FIELDS = {
     "state": _one_of(STATES),
     "sparsity": Check("a fraction in [0, 1)", lambda value: _is_number(value, 0, 1)),
     "scope": _one_of(SCOPES),
+    "pattern": Check("a name, such as '2:4'", lambda value: isinstance(value, str)),
     "signed_scores": _FLAG,
     "ignore_modules": _names(),
     "head_parameters": _names(),
@@ -151,6 +153,7 @@ def check_together(config: PromptedSparseConfig) -> None:
     """
     if config.sparsity == 1 and config.state != "frozen":
         raise ValueError("`sparsity` is 1, which leaves no weight; expected a fraction in [0, 1).")
+    get_pattern(config.pattern).check(config.sparsity, config.scope)
     if config.use_prompt and config.prompt is None:
         raise ValueError("`use_prompt` is True, but `prompt` is None; name a prompt, or set `use_prompt` to False.")
     _check_channels(config)

@@ -58,9 +58,9 @@ class PromptedSparseModel(SparseModel):
     _supports_attention_backend = True
     # An update of 1e-4 vanishes in half precision.
     _keep_in_fp32_modules_strict = ["scores", "prompt", "label_matrix"]  # noqa: RUF012
-    # Set while the prompt is trained alone: no dropout, and BatchNorm keeps its running statistics.
     # Loss of logits and labels in place of the backbone's own, as one-shot scores of a trainer's loss need it.
     task_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    # Set while the prompt is trained alone: no dropout, and BatchNorm keeps its running statistics.
     eval_backbone = False
     label_matrix: Tensor | None
 
@@ -100,8 +100,9 @@ class PromptedSparseModel(SparseModel):
         cls,
         backbone: str | nn.Module,
         *,
-        sparsity: float = 0.9,
+        sparsity: float | None = None,
         scope: str = "global",
+        pattern: str = "unstructured",
         prompt: str | None = "pad",
         prompt_size: int = 16,
         prompt_inner_size: Sequence[int] | int | None = None,
@@ -120,11 +121,11 @@ class PromptedSparseModel(SparseModel):
         """Wrap a pretrained image classifier in the *search* state: scores attached, mask selected, weights frozen.
 
         Args:
-            backbone: Hub id, local folder, or a model object: a transformers image classifier or a timm model. A model
-                object is wrapped, not copied. timm models are wrapped by transformers'
-                `TimmWrapperForImageClassification`.
-            sparsity: fraction of the prunable weights to remove, in [0, 1).
+            backbone: Hub id, local folder, or a model object: a transformers image classifier or a timm model (which
+                becomes a `TimmWrapperForImageClassification`). A model object is wrapped, not copied.
+            sparsity: fraction of the prunable weights to remove, in [0, 1); None: that of the pattern, else 0.9.
             scope: `"global"`, `"layer"` or `"erk"`.
+            pattern: `"unstructured"`, `"n:m"` such as `"2:4"`, or `"block:32"` (see [`masking.patterns`]).
             prompt: `"pad"`, `"fixed"`, `"random"`, `"expand"`, `"stripe"`, `"lowrank"` (see [`prompts`]), or None.
             prompt_size: width or side of the prompt in pixels; the rank of `"lowrank"`.
             prompt_inner_size: (height, width) or side to which a prompted image is shrunk; None overlays the prompt
@@ -148,7 +149,7 @@ class PromptedSparseModel(SparseModel):
             OSError: the backbone cannot be found.
         """
         labels = label_names(num_labels, id2label)
-        checks.check_settings(sparsity, label_mapping, new_head, labels)
+        sparsity = checks.checked_sparsity(sparsity, scope, pattern, label_mapping, new_head, labels)
         model, fresh_head, image_processor = backbones.load_backbone(
             backbone, None if label_mapping else labels, new_head, image_processor, kwargs
         )
@@ -157,6 +158,7 @@ class PromptedSparseModel(SparseModel):
             backbone_config=backbones.config_of(model),
             sparsity=sparsity,
             scope=scope,
+            pattern=pattern,
             ignore_modules=list(ignore_modules),
             head_parameters=backbones.head_parameters(model),
             new_head=fresh_head,
@@ -274,7 +276,6 @@ class PromptedSparseModel(SparseModel):
             labels: class ids [n], or class probabilities [n, num_labels]; for `multi_label_classification` zeros and
                 ones [n, num_labels].
             use_prompt: whether the visual prompt is added; None: `config.use_prompt`.
-
             output_attentions, output_hidden_states: whether those of the backbone are returned; None: as the
                 configuration says.
 
@@ -319,8 +320,8 @@ class PromptedSparseModel(SparseModel):
                 raise ValueError('`use_prompt=True`, but this model has no prompt; build it with `prompt="pad"`.')
             pixel_values = self.prompt(pixel_values)
         with recomputing() if self.config.state == "search" else nullcontext():
-            requests = {f"output_{name}": True for name in extras}
-            output = self.backbone(pixel_values=pixel_values, **self._backbone_kwargs, **requests)
+            requests = self._backbone_kwargs | {f"output_{name}": True for name in extras}
+            output = self.backbone(pixel_values=pixel_values, **requests)
         check_outputs(output, extras, type(self.backbone).__name__)
         return output
 

@@ -69,12 +69,14 @@ class SparsityReport(KeptInLayers):
         parameters: number of all parameters of the backbone, prunable or not.
         dense_bytes: bytes of the backbone with every weight stored.
         kept_bytes: bytes of the values that are not pruned, masks not counted.
+        pattern: pattern of the masks; weights whose shape does not take it are no layers here.
     """
 
     layers: tuple[LayerSparsity, ...]
     parameters: int
     dense_bytes: int
     kept_bytes: int
+    pattern: str = "unstructured"
 
     @property
     def sparsity_of_all_parameters(self) -> float:
@@ -125,6 +127,7 @@ def measure_sparsity(
     masks: Mapping[str, Tensor],
     image_size: Sequence[int] | None,
     forward_kwargs: Mapping[str, bool],
+    pattern: str,
 ) -> SparsityReport:
     """Count kept weights, bytes, and multiply-accumulates in a forward pass of one image.
 
@@ -134,6 +137,7 @@ def measure_sparsity(
         masks: bool tensors by weight name.
         image_size: (height, width) of the image; None leaves the multiply-accumulates at 0.
         forward_kwargs: further arguments of the backbone.
+        pattern: name of the pattern of the masks.
     """
     positions = _positions(backbone, prunables, image_size, forward_kwargs)
     layers = tuple(
@@ -147,7 +151,8 @@ def measure_sparsity(
     pruned_bytes = sum(
         (~masks[name]).sum().item() * stored_weight(prunable).element_size() for name, prunable in prunables.items()
     )
-    return SparsityReport(layers, sum(p.numel() for p in parameters), dense_bytes, dense_bytes - int(pruned_bytes))
+    count, kept_bytes = sum(p.numel() for p in parameters), dense_bytes - int(pruned_bytes)
+    return SparsityReport(layers, count, dense_bytes, kept_bytes, pattern)
 
 
 @torch.no_grad()
