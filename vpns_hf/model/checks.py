@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from .tensor_shapes import build_backbone
 
 if TYPE_CHECKING:
     from .modeling import PromptedSparseModel
+
+logger = logging.getLogger(__name__)
 
 
 def checked_sparsity(
@@ -46,7 +49,7 @@ def checked_sparsity(
 
 
 def check_prunable(model: PromptedSparseModel) -> None:
-    """Refuse a model without prunable weights.
+    """Refuse a model without prunable weights, and warn of weights that stay dense because of the pattern.
 
     Raises:
         ValueError: there is none.
@@ -55,6 +58,14 @@ def check_prunable(model: PromptedSparseModel) -> None:
         raise ValueError(
             f"{type(model.backbone).__name__} has no prunable weight: no linear or convolution layer outside "
             f"`ignore_modules` and a new head whose shape takes the pattern {model.pattern.name!r}."
+        )
+    if dense := model.unpatterned_weights():
+        logger.warning(
+            "%d weights stay dense, because their shapes do not take the pattern %s, and do not count in the "
+            "sparsity: %s",
+            len(dense),
+            model.pattern.name,
+            ", ".join(dense),
         )
 
 
@@ -66,7 +77,7 @@ def check_image_size(model: PromptedSparseModel) -> None:
     """
     if model.config.image_size is None:
         return
-    channels = _channels(model)
+    channels = image_channels(model)
     image = torch.zeros(1, channels, *model.config.image_size, device=model.device, dtype=model.dtype)
     training = model.training
     try:
@@ -143,11 +154,11 @@ def _built(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _random_image(model: PreTrainedModel, image_size: Sequence[int]) -> Tensor:
-    image = torch.randn(1, _channels(model), *image_size, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, image_channels(model), *image_size, generator=torch.Generator().manual_seed(0))
     return image.to(model.device, model.dtype)
 
 
-def _channels(model: nn.Module) -> int:
+def image_channels(model: nn.Module) -> int:
     """Return the channels of the images that the first convolution takes."""
     convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     return next((module.in_channels for module in convolutions), 3)

@@ -56,7 +56,6 @@ class PromptedSparseModel(SparseModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # An update of 1e-4 vanishes in half precision.
     _keep_in_fp32_modules_strict = ["scores", "prompt", "label_matrix"]  # noqa: RUF012
     # Loss of logits and labels in place of the backbone's own, as one-shot scores of a trainer's loss need it.
     task_loss: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -255,6 +254,7 @@ class PromptedSparseModel(SparseModel):
             backbone=type(self.backbone).__name__,
             labels=self.config.num_labels,
             state=self.config.state,
+            pattern=self.config.pattern,
             kept=f"{kept / total:.2%}",
             kept_weights=f"{kept:,}",
             prunable_weights=f"{total:,}",

@@ -68,9 +68,17 @@ class SparseModel(PreTrainedModel):
 
     def prunables(self) -> dict[str, masking.PrunableWeight]:
         """Find the prunable weights, by backbone parameter name: those whose shape takes the pattern."""
+        fits = self.pattern.fits
+        return {name: weight for name, weight in self._maskable().items() if fits(stored_weight(weight).shape)}
+
+    def unpatterned_weights(self) -> list[str]:
+        """Return the weights that stay dense because their shapes do not take the pattern."""
+        fits = self.pattern.fits
+        return [name for name, weight in self._maskable().items() if not fits(stored_weight(weight).shape)]
+
+    def _maskable(self) -> dict[str, masking.PrunableWeight]:
         skip = self.config.head_parameters if self.config.new_head else ()
-        found, fits = masking.find_prunable_weights(self.backbone, self.config.ignore_modules, skip), self.pattern.fits
-        return {name: weight for name, weight in found.items() if fits(masking.stored_weight(weight).shape)}
+        return masking.find_prunable_weights(self.backbone, self.config.ignore_modules, skip)
 
     def prunable_weights(self) -> dict[str, nn.Parameter]:
         """Return the parameters that store the prunable weights, by backbone parameter name, in any state."""

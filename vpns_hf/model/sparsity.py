@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masking.prunable import PrunableWeight, stored_weight
+from .checks import image_channels
 
 
 @dataclass(frozen=True)
@@ -175,10 +176,9 @@ def _positions(
             positions[name] += first.numel() // channels
 
         handles.append(prunable.module.register_forward_hook(count))
-    channels = next(stored_weight(prunable).shape[1] for prunable in prunables.values())
     parameter = next(backbone.parameters())
     training = backbone.training
-    image = torch.zeros(1, channels, *image_size, device=parameter.device, dtype=parameter.dtype)
+    image = torch.zeros(1, image_channels(backbone), *image_size, device=parameter.device, dtype=parameter.dtype)
     backbone.eval()(pixel_values=image, **forward_kwargs)
     backbone.train(training)
     for handle in handles:
