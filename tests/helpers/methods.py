@@ -14,7 +14,7 @@ def build(method, family="vit", **kwargs):
     """A tiny model as the method needs it, with a new head unless it maps labels."""
     backbone = dict(get_method(method).backbone)
     labels = {"num_labels": 4} if backbone else {"num_labels": 6, "new_head": True}
-    return fresh(family, sparsity=SPARSITY, scope="global", **labels | backbone | kwargs)
+    return fresh(family, **{"sparsity": SPARSITY, "scope": "global"} | labels | backbone | kwargs)
 
 
 def run(folder, method, model=None, **kwargs):

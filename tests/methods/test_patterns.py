@@ -17,8 +17,7 @@ SPARSITY = 0.75
 
 
 def patterned(method, pattern, **kwargs):
-    sparsity = {} if get_pattern(pattern).sparsity is None else {"sparsity": None}
-    return build(method, pattern=pattern, **{"sparsity": SPARSITY} | sparsity | kwargs)
+    return build(method, pattern=pattern, sparsity=get_pattern(pattern).sparsity or SPARSITY, **kwargs)
 
 
 def cases():
@@ -28,7 +27,7 @@ def cases():
                 yield pytest.param(method, pattern, marks=() if method in QUICK else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("method", "pattern"), cases())
+@pytest.mark.parametrize(("method", "pattern"), list(cases()))
 def test_methods_end_with_exact_counts(method, pattern, tmp_path):
     model = run(tmp_path, method, patterned(method, pattern)).model
     assert model.config.state == "frozen"
