@@ -19,7 +19,7 @@ from transformers import TrainerCallback, ViTImageProcessor
 from helpers.models import tiny_model
 from helpers.training import Images, StopAt, fresh, make_trainer
 from vpns_hf import VPNsTrainer
-from vpns_hf.masking import select_masks, sharding
+from vpns_hf.masking import get_pattern, select_masks, sharding
 
 SETTINGS = dict(
     per_device_train_batch_size=2,
@@ -67,7 +67,9 @@ def ddp(folder):
     consistency(folder)
     sharded_selection()
     for scope in ("global", "row"):
-        sharded_model(scope)
+        sharded_model(sparsity=0.7, scope=scope)
+    for pattern in ("2:4", "block:3"):
+        sharded_model(sparsity=get_pattern(pattern).sparsity or 0.7, scope="global", pattern=pattern)
     (folder / "sharded").touch()
 
 
@@ -160,12 +162,18 @@ def sharded_selection():
             expected = select_masks(scores, 0.6, scope)
             assert all(isinstance(mask, DTensor) for mask in masks.values())
             assert all(torch.equal(mask.full_tensor(), expected[name]) for name, mask in masks.items()), scope
+        del scores["odd"], scores["one row"]
+        for pattern, sparsity in (("1:2", 0.5), ("1:2", 0.3), ("block:2", 0.6)):
+            parts = {name: template[name].detach() for name in scores}
+            masks = select_masks(parts, sparsity, pattern=get_pattern(pattern))
+            expected = select_masks(scores, sparsity, pattern=get_pattern(pattern))
+            assert all(torch.equal(mask.full_tensor(), expected[name]) for name, mask in masks.items()), pattern
 
 
-def sharded_model(scope):
+def sharded_model(**settings):
     """Search, freeze, tune: each step equals that of the whole model."""
     torch.manual_seed(0)
-    model = tiny_model(sparsity=0.7, scope=scope)
+    model = tiny_model(**settings)
     whole = copy.deepcopy(model)
     model.image_processor = processor = ViTImageProcessor()
     shard(model)

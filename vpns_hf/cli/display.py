@@ -42,6 +42,7 @@ def _facts(found: StoredSubnetwork) -> dict[str, Any]:
         "backbone": found.backbone,
         "state": found.state,
         "classes": found.num_labels,
+        "pattern": found.pattern,
         "label mapping": found.label_mapping,
         "sparsity": f"{percent(found.sparsity)} ({found.kept:,} of {found.total:,} weights kept)",
         "prompt": found.prompt and {name: value for name, value in found.prompt.items() if value is not None},

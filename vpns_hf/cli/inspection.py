@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME
 
 from .. import masking, storage
+from ..masking.patterns import UNSTRUCTURED
 from ..model.configuration import PromptedSparseConfig
 from ..model.sparsity import KeptEntries, KeptInLayers
 from ..saved_files import MAX_CARD, MAX_YAML, check_weights, read_json, read_text, read_yaml
@@ -59,6 +60,7 @@ class StoredSubnetwork(KeptInLayers):
     Args:
         backbone: class or model type of the backbone.
         state: `"frozen"`, `"search"` or `"dense"`.
+        pattern: pattern of the masks.
         num_labels: how many classes it tells apart.
         label_mapping: how source classes became these, or None.
         prompt: the fields of the configuration that describe the prompt, or None.
@@ -69,6 +71,7 @@ class StoredSubnetwork(KeptInLayers):
 
     backbone: str
     state: str
+    pattern: str
     num_labels: int
     label_mapping: str | None
     prompt: dict[str, Any] | None
@@ -104,6 +107,8 @@ def inspect_folder(folder: Path) -> StoredSubnetwork:
     return StoredSubnetwork(
         backbone=str(backbone.get("architecture") or backbone.get("model_type")),
         state=str(config.get("state")),
+        # transformers leaves out what is its default.
+        pattern=str(config.get("pattern", UNSTRUCTURED.name)),
         num_labels=len(config["id2label"]),
         label_mapping=config.get("label_mapping"),
         prompt={name: config.get(name) for name in PROMPT_FACTS} if config.get("prompt") else None,

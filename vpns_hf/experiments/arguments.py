@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ..data.checks import LOADING
 from ..data.transforms import AUGMENTATIONS
+from ..masking.patterns import get_pattern
 from ..methods.table import get_method
 from ..model.configuration_checks import FIELDS
 from ..values import (
@@ -51,6 +52,10 @@ class ModelArguments:
     token: str | None = field(default=None, metadata={"help": "Hub token; the one of `hf auth login` when not given."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are cached."})
     scope: str = field(default="global", metadata={"help": "Ranking of weights: global, layer or erk."})
+    pattern: str = field(
+        default="unstructured",
+        metadata={"help": "What is pruned together: unstructured, n:m such as 2:4, or blocks such as block:32."},
+    )
     prompt: str | None = field(
         default="pad", metadata={"help": "Visual prompt: pad, fixed, random, expand, stripe, lowrank, or none."}
     )
@@ -77,6 +82,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        get_pattern(self.pattern)
         if self.prompt in ("none", "None", ""):
             self.prompt = None
         check_fields(self, MODEL)

@@ -17,7 +17,7 @@ from ..training.arguments import VPNsTrainingArguments
 from ..values import FRACTIONS, NAME, SEEDS, check_fields
 from .arguments import METHOD_NAMES, DataArguments, DryRunArguments, ModelArguments
 from .dry_run import PlannedRun, dry_run
-from .experiment import Experiment
+from .experiment import Experiment, check_cells
 from .figure import plot_comparison
 from .parsing import parse_recipe
 from .results import DENSE, Cell, CellResult, read_results
@@ -95,12 +95,14 @@ class Comparison(CellRunner):
         wanted: the cells.
 
     Raises:
-        ValueError: `eval_prompt` leaves out the accuracy without the prompt.
+        ValueError: `eval_prompt` leaves out the accuracy without the prompt, or a method or sparsity does not work
+            with the pattern.
     """
 
     def __init__(self, experiment: Experiment, wanted: ComparisonArguments):
         super().__init__(Path(experiment.args.output_dir))
         self.experiment, self.wanted = experiment, wanted
+        check_cells(experiment.model_args.pattern, wanted.methods, wanted.sparsities)
         self.digest = settings_digest(experiment)
         if experiment.args.eval_prompt == "with":
             raise ValueError("Methods are compared without the prompt; use `eval_prompt` 'both' or 'without'.")

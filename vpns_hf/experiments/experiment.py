@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import BaseImageProcessor, set_seed
@@ -11,10 +11,12 @@ from transformers import BaseImageProcessor, set_seed
 from ..data.loading import load_transfer_dataset
 from ..data.splits import SplitView, TransferSplits, find_duplicates, shared_between_splits
 from ..data.transforms import ImageTransforms, matching_image_processor
+from ..masking.patterns import get_pattern
 from ..methods.table import get_method
 from ..model.backbones import find_image_processor
 from ..model.modeling import PromptedSparseModel
 from ..training.arguments import VPNsTrainingArguments
+from ..training.checks import check_pattern
 from ..training.trainer import VPNsTrainer
 from .arguments import DataArguments, ModelArguments
 
@@ -31,6 +33,18 @@ def _report_duplicates(splits: TransferSplits, num_proc: int | None) -> None:
         len(shared),
         f": {examples}" if examples else ".",
     )
+
+
+def check_cells(pattern: str, methods: Iterable[str], sparsities: Iterable[float]) -> None:
+    """Raise unless every method and sparsity works with a pattern.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for method in methods:
+        check_pattern(method, get_method(method), get_pattern(pattern))
+    for sparsity in sparsities:
+        get_pattern(pattern).final_sparsity(sparsity)
 
 
 class Experiment:
@@ -138,8 +152,9 @@ class Experiment:
             head = {"new_head": None, **needed}
         return PromptedSparseModel.from_backbone(
             wanted.model_name_or_path,
-            sparsity=0.9 if args.sparsity is None else args.sparsity,
+            sparsity=args.sparsity,
             scope=wanted.scope,
+            pattern=wanted.pattern,
             prompt=wanted.prompt,
             prompt_size=wanted.prompt_size,
             prompt_inner_size=wanted.prompt_inner_size,

@@ -15,6 +15,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..masking.patterns import get_pattern
 from ..methods.mask_schedules import keep_all
 from ..methods.table import MASK_ALONE, get_method
 from ..model.configuration import PromptedSparseConfig
@@ -22,7 +23,7 @@ from ..model.modeling import PromptedSparseModel
 from ..training.arguments import VPNsTrainingArguments
 from ..training.run_record import STAGES_NAME
 from .arguments import DataArguments, ModelArguments
-from .experiment import Experiment
+from .experiment import Experiment, check_cells
 from .results import DENSE, Cell, CellResult
 from .runner import CellRunner, changed_fields, settings_digest
 from .transfer_arguments import FIND, MODES, SHARED, SourceArguments, TransferArguments
@@ -49,7 +50,7 @@ class Transfer(CellRunner):
 
     Raises:
         ValueError: a method needs a source task that is not named, two targets have one name, or `eval_prompt` leaves
-            out the accuracy without the prompt.
+            out the accuracy without the prompt, or a method or sparsity does not work with the pattern.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class Transfer(CellRunner):
             raise ValueError("Masks are compared without the prompt; use `eval_prompt` 'both' or 'without'.")
         if wanted.prompt_subnetwork is not None:
             PromptedSparseConfig.from_pretrained(wanted.prompt_subnetwork, **self.hub)  # refused before cells run
+        methods = [method for method in wanted.methods if method not in (DENSE, SHARED)]
+        check_cells(model_args.pattern, methods, wanted.sparsities or ())
         self.targets = self._target_experiments()
         self.finders = self._finder_experiments(args)
 
@@ -112,10 +115,10 @@ class Transfer(CellRunner):
 
     @cached_property
     def sparsities(self) -> list[float]:
-        """Sparsities that the methods prune to; by default that of the shared subnetwork, else 0.9."""
+        """Sparsities that the methods prune to; by default that of the shared subnetwork or the pattern, else 0.9."""
         if self.wanted.sparsities is not None:
             return self.wanted.sparsities
-        return [0.9 if self.shared_sparsity is None else self.shared_sparsity]
+        return [get_pattern(self.model_args.pattern).final_sparsity(self.shared_sparsity)]
 
     @cached_property
     def shared_sparsity(self) -> float | None:

@@ -10,6 +10,7 @@ from .frozen import (
     ZEROS_LOST,
     change_frozen_masks,
     check_masks,
+    check_pattern,
     check_state,
     check_zeros,
     freeze,
@@ -20,6 +21,7 @@ from .frozen import (
     unfreeze,
     zero_masked_weights,
 )
+from .patterns import UNSTRUCTURED, Pattern, get_pattern
 from .prunable import MASK_SUFFIX, PrunableWeight, all_kept, dense_state, find_prunable_weights, stored_weight
 from .search import MaskedWeight, attach_scores, detach_scores, masked_weights, update_masks
 from .selection import SCOPES, erk_densities, kept_count, select_masks
@@ -27,13 +29,16 @@ from .selection import SCOPES, erk_densities, kept_count, select_masks
 __all__ = [
     "MASK_SUFFIX",
     "SCOPES",
+    "UNSTRUCTURED",
     "ZEROS_LOST",
     "MaskedWeight",
+    "Pattern",
     "PrunableWeight",
     "all_kept",
     "attach_scores",
     "change_frozen_masks",
     "check_masks",
+    "check_pattern",
     "check_state",
     "check_zeros",
     "dense_state",
@@ -42,6 +47,7 @@ __all__ = [
     "find_prunable_weights",
     "freeze",
     "frozen_masks",
+    "get_pattern",
     "guard_states",
     "kept_count",
     "mask_gradients",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import sharding
+from .patterns import Pattern
 from .prunable import MASK_SUFFIX, PrunableWeight, stored_weight
 from .topk import overwrite_masks
 from .zeros import masked, write_zeros
@@ -54,6 +55,22 @@ def check_masks(masks: Mapping[str, Tensor], prunables: Mapping[str, PrunableWei
             raise ValueError(
                 f"The mask of {name} has shape {tuple(masks[name].shape)}; the weight has {tuple(shape)}."
             )
+
+
+def check_pattern(masks: Mapping[str, Tensor], pattern: Pattern, remedy: str) -> None:
+    """Refuse masks that do not have the pattern; all processes call this together.
+
+    Args:
+        masks: bool tensors by weight name.
+        pattern: pattern that they should have.
+        remedy: advice that ends the message.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    for name, mask in masks.items():
+        if not mask.is_meta and not pattern.follows(sharding.whole(mask)):
+            raise ValueError(f"The mask of {name} does not have the pattern {pattern.name!r}; {remedy}.")
 
 
 def freeze(prunables: Mapping[str, PrunableWeight], masks: Mapping[str, Tensor]) -> None:

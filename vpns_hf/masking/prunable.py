@@ -93,6 +93,12 @@ def parametrizations(prunable: PrunableWeight) -> parametrize.ParametrizationLis
     return cast(parametrize.ParametrizationList, by_tensor[prunable.tensor_name])
 
 
+def scores_name(weight: str) -> str:
+    """Return the name in the search state of the learned scores of a weight."""
+    module, _, tensor = weight.rpartition(".")
+    return f"{module}.parametrizations.{tensor}.0.scores".lstrip(".")
+
+
 def dense_state(backbone: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by their names in the dense backbone, without scores and masks."""
     state = {}

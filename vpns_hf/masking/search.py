@@ -15,10 +15,11 @@ from torch.nn.utils import parametrize
 
 from . import sharding
 from .frozen import overwrite
+from .patterns import UNSTRUCTURED, Pattern
 from .precision import FixedPrecision
 from .prunable import PrunableWeight, parametrizations, stored_weight
 from .recomputation import can_recompute
-from .selection import select
+from .selection import expand, select
 from .zeros import masked
 
 
@@ -26,52 +27,64 @@ class _StraightThroughMask(torch.autograd.Function):
     """Compute `weight * mask`, and pass the gradient straight through to the scores (|scores| unless signed).
 
     So dL/dscores = weight * dL/dmasked * sign(scores), for kept and pruned weights alike (HYDRA, arXiv 2002.10509),
-    less the implicit gradient of BiP (arXiv 2210.04092), `implicit * mask * dL/dmasked`, from the weight.
+    less the implicit gradient of BiP (arXiv 2210.04092), `implicit * mask * dL/dmasked`, from the weight. The score of
+    a group gets the sum over its weights.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, signed: bool, implicit: float) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, signed: bool, implicit: float, pattern: Pattern
+    ) -> Tensor:
         ctx.save_for_backward(weight, scores, mask)
-        ctx.signed, ctx.implicit = signed, implicit
+        ctx.signed, ctx.implicit, ctx.pattern = signed, implicit, pattern
         return masked(weight, mask)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         weight, scores, mask = ctx.saved_tensors
         kept_grad = masked(grad, mask) if ctx.needs_input_grad[0] or ctx.implicit else None
         score_grad = None
         if ctx.needs_input_grad[1]:
             response = weight if kept_grad is None or not ctx.implicit else weight - ctx.implicit * kept_grad
-            # In place, because fresh memory costs more than the products.
-            score_grad = grad.to(scores.dtype, copy=True) if ctx.signed else scores.sign().mul_(grad)
-            score_grad.mul_(response)
-        return kept_grad if ctx.needs_input_grad[0] else None, score_grad, None, None, None
+            if ctx.pattern.spans_rows:
+                score_grad = ctx.pattern.sum(grad.to(scores.dtype) * response)
+                score_grad = score_grad if ctx.signed else score_grad.mul_(scores.sign())
+            else:
+                # In place, because fresh memory costs more than the products.
+                score_grad = grad.to(scores.dtype, copy=True) if ctx.signed else scores.sign().mul_(grad)
+                score_grad.mul_(response)
+        return kept_grad if ctx.needs_input_grad[0] else None, score_grad, None, None, None, None
 
 
 class MaskedWeight(FixedPrecision):
     """Parametrization of one weight by a mask and the scores from which the mask is selected.
 
     Args:
-        scores: float32 tensor of the weight's shape; becomes a parameter and stays float32 when the model is cast.
+        scores: float32 tensor, one score for each group of the pattern, so of the weight's shape where every weight is
+            a group; becomes a parameter and stays float32 when the model is cast.
+        mask: bool tensor of the weight's shape.
         signed: rank the scores themselves, not their absolute values.
+        pattern: pattern of the mask.
 
     Attributes:
         implicit_gradient: BiP's 1 / gamma, the weight of the implicit gradient in the gradient of the scores.
     """
 
-    def __init__(self, scores: Tensor, signed: bool = False):
+    def __init__(self, scores: Tensor, mask: Tensor, signed: bool, pattern: Pattern):
         super().__init__()
         self.scores = nn.Parameter(scores)
         self.mask: Tensor
-        self.register_buffer("mask", torch.ones_like(scores, dtype=torch.bool))
-        self.signed = signed
+        self.register_buffer("mask", mask)
+        self.signed, self.pattern = signed, pattern
         self.implicit_gradient = 0.0
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight with zeros where the mask is False."""
         # FSDP2 gathers parameters for the forward of their block, but no buffers.
         mask = sharding.arranged_like(self.mask, weight)
-        result = _StraightThroughMask.apply(weight, self.scores, mask, self.signed, self.implicit_gradient)
+        result = _StraightThroughMask.apply(
+            weight, self.scores, mask, self.signed, self.implicit_gradient, self.pattern
+        )
         can_recompute(result, masked, weight, mask)
         return result
 
@@ -87,14 +100,18 @@ def initial_scores(weight: Tensor) -> Tensor:
     return math.sqrt(6 / fan_in) * weight / weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def attach_scores(prunables: Mapping[str, PrunableWeight], signed: bool = False) -> None:
+def attach_scores(
+    prunables: Mapping[str, PrunableWeight], signed: bool = False, pattern: Pattern = UNSTRUCTURED
+) -> None:
     """Parametrize dense weights with [`MaskedWeight`], all kept until a mask is selected (dense to search).
 
-    Scores start at [`initial_scores`]; signed ones at zero (movement pruning, arXiv 2005.07683).
+    Scores start at [`initial_scores`], see [`Pattern.initial`]; signed ones at zero (movement pruning, arXiv
+    2005.07683).
     """
     for prunable in prunables.values():
-        scores = initial_scores(stored_weight(prunable))
-        masked = MaskedWeight(torch.zeros_like(scores) if signed else scores, signed)
+        weight = initial_scores(stored_weight(prunable))
+        scores, mask = pattern.initial(weight), torch.ones_like(weight, dtype=torch.bool)
+        masked = MaskedWeight(torch.zeros_like(scores) if signed else scores, mask, signed, pattern)
         parametrize.register_parametrization(prunable.module, prunable.tensor_name, masked, unsafe=True)
 
 
@@ -130,9 +147,12 @@ def masked_weights(prunables: Mapping[str, PrunableWeight]) -> dict[str, MaskedW
 
 
 @torch.no_grad()
-def update_masks(prunables: Mapping[str, PrunableWeight], sparsity: float, scope: str) -> int:
+def update_masks(
+    prunables: Mapping[str, PrunableWeight], sparsity: float, scope: str, pattern: Pattern = UNSTRUCTURED
+) -> int:
     """Select new masks from the scores and return the number of entries that changed."""
-    masked = masked_weights(prunables)
-    signed = any(part.signed for part in masked.values())
-    selected = select({name: part.scores for name, part in masked.items()}, sparsity, scope, magnitude=not signed)
-    return overwrite({name: part.mask for name, part in masked.items()}, selected)
+    parts = masked_weights(prunables)
+    scores = {name: part.scores for name, part in parts.items()}
+    masks = {name: part.mask for name, part in parts.items()}
+    signed = any(part.signed for part in parts.values())
+    return overwrite(masks, expand(select(scores, sparsity, scope, pattern, magnitude=not signed), masks, pattern))

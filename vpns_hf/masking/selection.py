@@ -1,4 +1,4 @@
-"""Select exactly k weights by score: globally, per layer, per row or by ERK densities."""
+"""Select exactly k weights or groups of them by score: globally, per layer, per row or by ERK densities."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..values import FRACTION, is_number, one_of, require, shortened
 from . import sharding
+from .patterns import UNSTRUCTURED, Pattern
 from .sharded_topk import RankedGroup, refuse_nan, select_on_shards
 from .topk import NAN_SCORES, top_k_mask
 
@@ -70,7 +71,9 @@ def _keep_largest_in_rows(score: Tensor, sparsity: float) -> Tensor:
 
 
 @torch.no_grad()
-def select_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str = "global") -> dict[str, Tensor]:
+def select_masks(
+    scores: Mapping[str, Tensor], sparsity: float, scope: str = "global", pattern: Pattern = UNSTRUCTURED
+) -> dict[str, Tensor]:
     """Select masks that keep exactly the largest scores.
 
     Args:
@@ -81,19 +84,35 @@ def select_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str = "gl
         scope: `"global"` ranks all tensors together; `"layer"` keeps that count in each tensor; `"erk"` keeps the
             global count, spread over tensors by [`erk_densities`] and rounded by largest remainder; `"row"` keeps
             `round((1 - sparsity) * row)` in each output row, which is the first dimension with all others flattened.
+        pattern: pattern of the masks, of [`get_pattern`]. Groups of weights are ranked by the sum of their scores, and
+            N, shapes and rows are those of groups.
 
     Returns:
         One contiguous bool tensor per score, sharded as it is, True where the weight is kept. Ties are broken by the
         order of the dictionary, then by row-major index.
 
     Raises:
-        ValueError: sparsity outside [0, 1], unknown scope, no scores, or NaN among them.
+        ValueError: sparsity outside [0, 1] or above that of the pattern, unknown scope, no scores, or NaN among them.
     """
-    return select(scores, sparsity, scope, magnitude=False)
+    # Groups that span rows may lie on several processes.
+    values = _gathered(scores) if pattern.spans_rows else scores
+    groups = {name: pattern.sum(value) for name, value in values.items()}
+    return expand(select(groups, sparsity, scope, pattern, magnitude=False), scores, pattern)
 
 
-def select(scores: Mapping[str, Tensor], sparsity: float, scope: str, magnitude: bool) -> dict[str, Tensor]:
-    """Select masks by score, or by absolute score where `magnitude` is True; see [`select_masks`]."""
+def expand(groups: Mapping[str, Tensor], weights: Mapping[str, Tensor], pattern: Pattern) -> dict[str, Tensor]:
+    """Give every weight the entry of its group in a mask of groups, sharded like the tensors `weights`."""
+    return {
+        name: sharding.split_like(pattern.expand(mask, weights[name].shape), weights[name])
+        for name, mask in groups.items()
+    }
+
+
+def _gathered(scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {name: sharding.whole(score) for name, score in scores.items()}
+
+
+def _check_scores(scores: Mapping[str, Tensor], scope: str) -> None:
     if not isinstance(scores, Mapping) or not all(isinstance(score, Tensor) for score in scores.values()):
         raise ValueError(f"The scores are {shortened(scores)}; expected a dictionary of tensors by weight name.")
     if complex_ones := [name for name, score in scores.items() if score.is_complex()]:
@@ -101,6 +120,21 @@ def select(scores: Mapping[str, Tensor], sparsity: float, scope: str, magnitude:
     if not scores:
         raise ValueError("No scores were given, so there is nothing to select.")
     require("scope", scope, one_of(SCOPES))
+
+
+def select(
+    scores: Mapping[str, Tensor], sparsity: float, scope: str, pattern: Pattern, magnitude: bool
+) -> dict[str, Tensor]:
+    """Select masks of groups by their scores, or absolute scores where `magnitude` is True; see [`select_masks`].
+
+    Masks are sharded as the scores are, or whole where groups span rows.
+    """
+    _check_scores(scores, scope)
+    pattern.check(sparsity, scope)
+    if pattern.spans_rows:
+        scores = _gathered(scores)
+    if pattern.sparsity is not None:
+        scores, magnitude = _guaranteed(_ranked(scores, magnitude), pattern), False
     if sharding.is_sharded(scores.values()):
         return _select_sharded_masks(_ranked(scores, magnitude), sparsity, scope)
     if scope == "row":
@@ -115,6 +149,11 @@ def select(scores: Mapping[str, Tensor], sparsity: float, scope: str, magnitude:
 
 def _ranked(scores: Mapping[str, Tensor], magnitude: bool) -> Mapping[str, Tensor]:
     return {name: score.abs() for name, score in scores.items()} if magnitude else scores
+
+
+def _guaranteed(scores: Mapping[str, Tensor], pattern: Pattern) -> Mapping[str, Tensor]:
+    """Return the scores as the pattern ranks them; every row is whole on one process."""
+    return {name: sharding.join_like(pattern.ranked(sharding.local(score)), score) for name, score in scores.items()}
 
 
 def _select_sharded_masks(scores: Mapping[str, Tensor], sparsity: float, scope: str) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def by_lamp(weight: Tensor) -> Tensor:
 def select_weights(model: PromptedSparseModel, sparsity: float, ranking: Ranking = by_magnitude) -> dict[str, Tensor]:
     """Select the masks that keep the weights ranked highest in the model's scope."""
     ranks = {name: ranking(weight.detach()) for name, weight in model.prunable_weights().items()}
-    return select_masks(ranks, sparsity, model.config.scope)
+    return select_masks(ranks, sparsity, model.config.scope, model.pattern)
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ class RigL(MaskSchedule):
     end: float = 0.75
     updates: int = 15
 
+    picks_single_weights = True
     uses_dense_gradients = True
     moves = True
     changes_frozen_masks = True

@@ -52,6 +52,8 @@ class MaskSchedule:
     signed = False
     # Whether the mask changes during the stage.
     moves = False
+    # Whether weights are chosen one by one, not in the groups of a pattern.
+    picks_single_weights = False
     # Whether the mask changes by gradients of pruned weights.
     uses_dense_gradients = False
     # Whether the mask changes while weights train, so that optimizer state must be dropped with it.

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from ..scores.starts import AUTO
 from .mask_schedules import MaskSchedule
-from .preparations import Preparation, Select
+from .preparations import Preparation, Reconstruct, Select
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,34 @@ class Method:
     is_control: bool = False
 
     @property
+    def _unrolled(self) -> list[Stage]:
+        """Return the stages, a repeated one once."""
+        return [entry.stage if isinstance(entry, Rounds) else entry for entry in self.stages]
+
+    @property
+    def picks_single_weights(self) -> bool:
+        """Return whether it chooses weights one by one, so that it works with `pattern="unstructured"` alone."""
+        return any(
+            stage.masks.picks_single_weights or any(isinstance(step, Reconstruct) for step in stage.before)
+            for stage in self._unrolled
+        )
+
+    @property
+    def scopes(self) -> set[str]:
+        """Return the scopes that its stages set themselves."""
+        before = [step for stage in self._unrolled for step in stage.before]
+        scopes = [step.scope for step in before if isinstance(step, Select)]
+        return {scope for scope in (*scopes, *(stage.masks.scope for stage in self._unrolled)) if scope is not None}
+
+    @property
     def finds_score_rate(self) -> bool:
         """Return whether the learning rate of the scores follows from the run, unless the arguments give a number."""
-        stages = [entry.stage if isinstance(entry, Rounds) else entry for entry in self.stages]
-        return any("scores" in stage.roles and stage.masks.scores.learning_rate == AUTO for stage in stages)
+        return any("scores" in stage.roles and stage.masks.scores.learning_rate == AUTO for stage in self._unrolled)
 
     @property
     def needs_data(self) -> bool:
         """Return whether any stage needs images, apart from the warm-up of a new head."""
-        stages = [entry.stage if isinstance(entry, Rounds) else entry for entry in self.stages]
-        stages = [stage for stage in stages if stage.length != "warm_up"]
+        stages = [stage for stage in self._unrolled if stage.length != "warm_up"]
         before = [step for stage in stages for step in stage.before]
         return any(stage.roles for stage in stages) or any(
             not isinstance(step, Select) or step.needs_data for step in before

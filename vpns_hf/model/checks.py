@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,15 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..masking.patterns import get_pattern
 from ..values import FLAG, FRACTION, PATH, Check, count, either, instance_of, optional
 from .configuration_checks import FIELDS, LABEL_COUNT
 from .tensor_shapes import build_backbone
 
 if TYPE_CHECKING:
     from .modeling import PromptedSparseModel
+
+logger = logging.getLogger(__name__)
 
 
 def _is_processor(value: Any) -> bool:
@@ -27,7 +31,7 @@ def _is_processor(value: Any) -> bool:
 _SIDES = either(count(1, 2**14), FIELDS["image_size"])
 SETTINGS: dict[str, Check] = {
     "backbone": Check("a Hub id, a local folder or a model object", either(PATH, instance_of(nn.Module)).accepts),
-    "sparsity": FRACTION,
+    "sparsity": optional(FRACTION),
     **{name: FIELDS[name] for name in ("scope", "prompt", "prompt_size", "label_mapping", "keep_source_head")},
     **{name: FIELDS[name] for name in ("ignore_modules", "image_mean", "image_std")},
     "new_head": optional(FLAG),
@@ -52,8 +56,30 @@ def check_settings(label_mapping: str | None, new_head: bool | None, labels: Map
         )
 
 
+def final_sparsity(sparsity: float | None, scope: str, pattern: str) -> float:
+    """Return the sparsity to prune to: as given, else that of the pattern, else 0.9.
+
+    Raises:
+        ValueError: an unknown pattern, or one that does not take this sparsity or scope.
+    """
+    grouping = get_pattern(pattern)
+    final = grouping.final_sparsity(sparsity)
+    grouping.check(final, scope)
+    return final
+
+
+def check_wrapped(model: PromptedSparseModel) -> None:
+    """Refuse a model without prunable weights, or whose backbone does not accept images of its size.
+
+    Raises:
+        ValueError: what is wrong, in one sentence.
+    """
+    check_prunable(model)
+    check_image_size(model)
+
+
 def check_prunable(model: PromptedSparseModel) -> None:
-    """Refuse a model without prunable weights.
+    """Refuse a model without prunable weights, and warn of weights that stay dense because of the pattern.
 
     Raises:
         ValueError: there is none.
@@ -61,7 +87,15 @@ def check_prunable(model: PromptedSparseModel) -> None:
     if not model.prunables():
         raise ValueError(
             f"{type(model.backbone).__name__} has no prunable weight: no linear or convolution layer outside "
-            "`ignore_modules` and a new head."
+            f"`ignore_modules` and a new head whose shape takes the pattern {model.pattern.name!r}."
+        )
+    if dense := model.unpatterned_weights():
+        logger.warning(
+            "%d weights stay dense, because their shapes do not take the pattern %s, and do not count in the "
+            "sparsity: %s",
+            len(dense),
+            model.pattern.name,
+            ", ".join(dense),
         )
 
 
@@ -73,7 +107,7 @@ def check_image_size(model: PromptedSparseModel) -> None:
     """
     if model.config.image_size is None:
         return
-    channels = _channels(model)
+    channels = image_channels(model)
     image = torch.zeros(1, channels, *model.config.image_size, device=model.device, dtype=model.dtype)
     training = model.training
     try:
@@ -164,11 +198,11 @@ def _built(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _random_image(model: PreTrainedModel, image_size: Sequence[int]) -> Tensor:
-    image = torch.randn(1, _channels(model), *image_size, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, image_channels(model), *image_size, generator=torch.Generator().manual_seed(0))
     return image.to(model.device, model.dtype)
 
 
-def _channels(model: nn.Module) -> int:
+def image_channels(model: nn.Module) -> int:
     """Return the channels of the images that the first convolution takes."""
     convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     return next((module.in_channels for module in convolutions), 3)

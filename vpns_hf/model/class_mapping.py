@@ -6,8 +6,10 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from ..masking.prunable import scores_name
 from ..values import FLAG, checked
 from .head import checked_classes, checked_matrix, take_classes
 from .labels import set_labels
@@ -38,13 +40,31 @@ def map_classes(model: PromptedSparseModel, mapping: Tensor | Sequence[int], fin
     config.label_mapping_state = "final" if final else "open"
 
 
+def _group_scores(model: PromptedSparseModel, mapped: list[int]) -> dict[str, Tensor]:
+    """Return the learned scores of groups that span several classes, for the mapped ones, by name in the state."""
+    if not model.pattern.spans_rows:
+        return {}
+    weights, rows = model.prunable_weights(), torch.tensor(mapped, device=model.device)
+    return {
+        f"backbone.{scores_name(name)}": model.pattern.take_rows(scores.detach(), weights[name].shape, rows)
+        for name, scores in model.scores().items()
+        if name in model.config.head_parameters
+    }
+
+
 def _slice_head(model: PromptedSparseModel, mapped: list[int]) -> None:
     model.gather_shards()
+    if model.config.state == "frozen" and model.pattern.spans_rows and model.sparsity:
+        raise ValueError(
+            f"The masks are frozen in the pattern {model.pattern.name!r}, and a label mapping would cut through them "
+            "in the head; set it before `freeze_masks()`, or build the model with `keep_source_head=True`."
+        )
     config = copy.deepcopy(model.config)
     config.mapped_labels, config.label_mapping_state = mapped, "final"
     set_labels(config.backbone_config, config.id2label)
     sliced = model.rebuilt(config)
-    sliced.load_state_dict(take_classes(model.state_dict(), sliced.state_dict(), mapped), assign=True)
+    state = model.state_dict() | _group_scores(model, mapped)
+    sliced.load_state_dict(take_classes(state, sliced.state_dict(), mapped), assign=True)
     model.replace_with(sliced)
     if model.config.state == "search":
         model.update_masks()

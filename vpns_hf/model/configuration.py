@@ -33,6 +33,9 @@ class PromptedSparseConfig(PreTrainedConfig):
             Fraction of the prunable weights that are zero, in [0, 1).
         scope (`str`, defaults to `"global"`):
             What is ranked together: `"global"`, `"layer"` or `"erk"` (see [`masking.select_masks`]).
+        pattern (`str`, defaults to `"unstructured"`):
+            What is kept or pruned together (see [`masking.patterns`]): `"unstructured"`, `"n:m"` such as `"2:4"`, or
+            `"block:side"` such as `"block:32"`.
         signed_scores (`bool`, defaults to `False`):
             In the search state: whether masks rank the scores themselves instead of their absolute values.
         ignore_modules (`list[str]`):
@@ -74,6 +77,7 @@ class PromptedSparseConfig(PreTrainedConfig):
     state: str = "dense"
     sparsity: float = 0.9
     scope: str = "global"
+    pattern: str = "unstructured"
     signed_scores: bool = False
     ignore_modules: list[str] | tuple[str, ...] = ()
     head_parameters: list[str] | tuple[str, ...] = ()

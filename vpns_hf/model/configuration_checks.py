@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..label_mapping import LABEL_MAPPINGS
+from ..masking.patterns import get_pattern
 from ..masking.selection import SCOPES
 from ..values import FLAG, NAMES, Check, are, check_values, count, is_count, is_number, one_of, optional, shortened
 from .backbone_config import MAX_LABELS
@@ -30,6 +31,7 @@ FIELDS = {
     "state": one_of(STATES),
     "sparsity": Check("a fraction in [0, 1)", lambda value: is_number(value, 0, 1)),
     "scope": one_of(SCOPES),
+    "pattern": Check("a name, such as '2:4'", lambda value: isinstance(value, str)),
     "signed_scores": FLAG,
     "ignore_modules": NAMES,
     "head_parameters": NAMES,
@@ -106,6 +108,7 @@ def check_together(config: PromptedSparseConfig) -> None:
     """
     if config.sparsity == 1 and config.state != "frozen":
         raise ValueError("`sparsity` is 1, which leaves no weight; expected a fraction in [0, 1).")
+    get_pattern(config.pattern).check(config.sparsity, config.scope)
     if config.use_prompt and config.prompt is None:
         raise ValueError("`use_prompt` is True, but `prompt` is None; name a prompt, or set `use_prompt` to False.")
     _check_channels(config)

@@ -57,7 +57,6 @@ class PromptedSparseModel(SparseModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # An update of 1e-4 vanishes in half precision.
     _keep_in_fp32_modules_strict = ["scores", "prompt", "label_matrix"]  # noqa: RUF012
     # Loss of logits and labels in place of the backbone's own, as one-shot scores of a trainer's loss need it.
     task_loss: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -90,7 +89,6 @@ class PromptedSparseModel(SparseModel):
                 f"transformers has no activation checkpointing for {type(self.backbone).__name__}; leave it out, or "
                 "lower the batch size and raise `gradient_accumulation_steps`."
             )
-        # timm has its own implementation.
         self.backbone._set_gradient_checkpointing(*args, **kwargs)
 
     def get_input_embeddings(self) -> None:
@@ -102,8 +100,9 @@ class PromptedSparseModel(SparseModel):
         cls,
         backbone: str | nn.Module,
         *,
-        sparsity: float = 0.9,
+        sparsity: float | None = None,
         scope: str = "global",
+        pattern: str = "unstructured",
         prompt: str | None = "pad",
         prompt_size: int = 16,
         prompt_inner_size: Sequence[int] | int | None = None,
@@ -124,8 +123,9 @@ class PromptedSparseModel(SparseModel):
         Args:
             backbone: Hub id, local folder, or a model object, which is wrapped, not copied: a transformers image
                 classifier or a timm model (by way of transformers' `TimmWrapperForImageClassification`).
-            sparsity: fraction of the prunable weights to remove, in [0, 1).
+            sparsity: fraction of the prunable weights to remove, in [0, 1); None: that of the pattern, else 0.9.
             scope: `"global"`, `"layer"` or `"erk"`.
+            pattern: `"unstructured"`, `"n:m"` such as `"2:4"`, or `"block:32"` (see [`masking.patterns`]).
             prompt: `"pad"`, `"fixed"`, `"random"`, `"expand"`, `"stripe"`, `"lowrank"` (see [`prompts`]), or None.
             prompt_size: width or side of the prompt in pixels; the rank of `"lowrank"`.
             prompt_inner_size: (height, width) or side to which a prompted image is shrunk; None overlays the prompt
@@ -134,12 +134,10 @@ class PromptedSparseModel(SparseModel):
                 pretrained head and map its classes to those of the task (see [`label_mapping.map_labels`]), or None.
             new_head: whether the head is newly initialised. None: when the label count differs or the checkpoint has
                 no head. A new head is never pruned.
-            keep_source_head: whether the head keeps all source classes under a label mapping, instead of the mapped
-                ones. `"bayesian"` always keeps them.
+            keep_source_head: whether the head keeps all source classes under a mapping; always for `"bayesian"`.
             num_labels, id2label: the labels of the downstream task; None: the backbone's own.
             ignore_modules: names (or their ends) of modules that are never pruned.
-            image_processor: image processor with size, mean and std where these are not passed; None: the one saved
-                with the backbone.
+            image_processor: source of size, mean and std that are not passed; None: the one saved with the backbone.
             image_size, image_mean, image_std: (height, width) or side of the input in pixels, and its normalisation.
             kwargs: arguments of `from_pretrained` for a `backbone` given by name (`revision`, `token`, `dtype`, ...).
                 Weights load in float32 unless `dtype` says otherwise.
@@ -150,6 +148,7 @@ class PromptedSparseModel(SparseModel):
         """
         labels = label_names(num_labels, id2label)
         checks.check_settings(label_mapping, new_head, labels)
+        sparsity = checks.final_sparsity(sparsity, scope, pattern)
         model, fresh_head, image_processor = backbones.load_backbone(
             backbone, None if label_mapping else labels, new_head, image_processor, kwargs
         )
@@ -159,6 +158,7 @@ class PromptedSparseModel(SparseModel):
             backbone_config=backbones.config_of(model),
             sparsity=sparsity,
             scope=scope,
+            pattern=pattern,
             ignore_modules=list(ignore_modules),
             head_parameters=backbones.head_parameters(model),
             new_head=fresh_head,
@@ -174,8 +174,7 @@ class PromptedSparseModel(SparseModel):
         wrapped = cls(config, model)
         if geometry == backbones.image_geometry(model.config, image_processor):
             wrapped.image_processor = backbones.savable(image_processor)
-        checks.check_prunable(wrapped)
-        checks.check_image_size(wrapped)
+        checks.check_wrapped(wrapped)
         wrapped.attach_scores()
         return wrapped
 
@@ -255,6 +254,7 @@ class PromptedSparseModel(SparseModel):
             backbone=type(self.backbone).__name__,
             labels=self.config.num_labels,
             state=self.config.state,
+            pattern=self.config.pattern,
             kept=f"{kept / total:.2%}",
             kept_weights=f"{kept:,}",
             prunable_weights=f"{total:,}",
@@ -320,8 +320,8 @@ class PromptedSparseModel(SparseModel):
                 raise ValueError('`use_prompt=True`, but this model has no prompt; build it with `prompt="pad"`.')
             pixel_values = self.prompt(pixel_values)
         with recomputing() if self.config.state == "search" else nullcontext():
-            requests = {f"output_{name}": True for name in extras}
-            output = self.backbone(pixel_values=pixel_values, **self._backbone_kwargs, **requests)
+            requests = self._backbone_kwargs | {f"output_{name}": True for name in extras}
+            output = self.backbone(pixel_values=pixel_values, **requests)
         check_outputs(output, extras, type(self.backbone).__name__)
         return output
 

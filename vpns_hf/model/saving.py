@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
 from .. import hub
-from ..masking.frozen import ZEROS_LOST, check_zeros
+from ..masking.frozen import ZEROS_LOST, check_pattern, check_zeros
 from ..saved_files import read_json
 from ..saved_folder import current_folder, replacing
 from ..values import FLAG, PATH, Check, checked, count, either, optional, require
@@ -153,7 +153,9 @@ def _load(
         )
     check_prompt(model)
     if model.config.state == "frozen":
-        check_zeros(model.prunable_weights(), model.masks(), f"{name} is damaged or was not saved by this library")
+        remedy = f"{name} is damaged or was not saved by this library"
+        check_zeros(model.prunable_weights(), model.masks(), remedy)
+        check_pattern(model.masks(), model.pattern, remedy)
     model._mask_gradients()
     model.image_processor = load_image_processor(name, kwargs)
     if model.image_processor is not None:

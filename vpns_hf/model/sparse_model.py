@@ -47,7 +47,7 @@ class SparseModel(PreTrainedModel):
         self._backbone_kwargs = position_kwargs(self.backbone, config.image_size)
         self._collapsed = set[str]()
         if config.state == "search":
-            masking.attach_scores(self.prunables(), config.signed_scores)
+            masking.attach_scores(self.prunables(), config.signed_scores, self.pattern)
         elif config.state == "frozen":
             prunables = self.prunables()
             masking.freeze(prunables, masking.all_kept(prunables))
@@ -62,8 +62,22 @@ class SparseModel(PreTrainedModel):
         if self.config.state == "frozen":
             masking.mask_gradients(self.prunables())
 
+    @property
+    def pattern(self) -> masking.Pattern:
+        """Return the pattern of the masks."""
+        return masking.get_pattern(self.config.pattern)
+
     def prunables(self) -> dict[str, masking.PrunableWeight]:
-        """Find the prunable weights, by backbone parameter name."""
+        """Find the prunable weights, by backbone parameter name: those whose shape takes the pattern."""
+        fits = self.pattern.fits
+        return {name: weight for name, weight in self._maskable().items() if fits(stored_weight(weight).shape)}
+
+    def unpatterned_weights(self) -> list[str]:
+        """Return the weights that stay dense because their shapes do not take the pattern."""
+        fits = self.pattern.fits
+        return [name for name, weight in self._maskable().items() if not fits(stored_weight(weight).shape)]
+
+    def _maskable(self) -> dict[str, masking.PrunableWeight]:
         skip = self.config.head_parameters if self.config.new_head else ()
         return masking.find_prunable_weights(self.backbone, self.config.ignore_modules, skip)
 
@@ -137,8 +151,13 @@ class SparseModel(PreTrainedModel):
 
     @checked(sparsity=FRACTION)
     def set_sparsity(self, sparsity: float) -> None:
-        """Change the sparsity and select new masks; search state only."""
+        """Change the sparsity and select new masks; search state only.
+
+        Raises:
+            ValueError: it is outside [0, 1] or above that of the pattern.
+        """
         self._require("search", "change the sparsity")
+        self.pattern.check(sparsity, self.config.scope)
         self.config.sparsity = sparsity
         self.update_masks()
         self._warn_of_collapse()
@@ -146,7 +165,7 @@ class SparseModel(PreTrainedModel):
     def update_masks(self) -> int:
         """Select new masks from the scores and return the number of entries that changed; search state only."""
         self._require("search", "update masks")
-        return masking.update_masks(self.prunables(), self.config.sparsity, self.config.scope)
+        return masking.update_masks(self.prunables(), self.config.sparsity, self.config.scope, self.pattern)
 
     @checked(weight=NUMBER)
     def set_implicit_gradient(self, weight: float) -> None:
@@ -176,8 +195,9 @@ class SparseModel(PreTrainedModel):
 
     def sparsity_report(self) -> SparsityReport:
         """Report kept and total weights, bytes and multiply-accumulates of every prunable layer."""
+        size, kwargs = self.config.image_size, self._backbone_kwargs
         return measure_sparsity(
-            self.backbone, self.prunables(), self._measured_masks(), self.config.image_size, self._backbone_kwargs
+            self.backbone, self.prunables(), self._measured_masks(), size, kwargs, self.config.pattern
         )
 
     @checked(signed=FLAG)
@@ -190,7 +210,7 @@ class SparseModel(PreTrainedModel):
         """
         self._require("dense", "attach scores")
         self.gather_shards()
-        masking.attach_scores(self.prunables(), signed)
+        masking.attach_scores(self.prunables(), signed, self.pattern)
         self.config.state, self.config.signed_scores = "search", signed
         self.train_only("scores", "prompt", "head")
         self.update_masks()
@@ -223,10 +243,11 @@ class SparseModel(PreTrainedModel):
             The number of entries that changed. Weights that were pruned before restart at zero.
 
         Raises:
-            ValueError: names or shapes differ from those of `masks()`.
+            ValueError: names or shapes differ from those of `masks()`, or they do not have the model's pattern.
         """
         prunables = self.prunables()
         masking.check_masks(masks, prunables)
+        masking.check_pattern(masks, self.pattern, "build the model with the pattern that they have")
         own = self.masks()
         masks = {name: sharding.arranged_like(mask.detach().clone().bool(), own[name]) for name, mask in masks.items()}
         if self.config.state == "frozen":

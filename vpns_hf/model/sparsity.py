@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masking.prunable import PrunableWeight, stored_weight
+from .checks import image_channels
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,14 @@ class SparsityReport(KeptInLayers):
         parameters: number of all parameters of the backbone, prunable or not.
         dense_bytes: bytes of the backbone with every weight stored.
         kept_bytes: bytes of the values that are not pruned, masks not counted.
+        pattern: pattern of the masks; weights whose shape does not take it are no layers here.
     """
 
     layers: tuple[LayerSparsity, ...]
     parameters: int
     dense_bytes: int
     kept_bytes: int
+    pattern: str = "unstructured"
 
     @property
     def sparsity_of_all_parameters(self) -> float:
@@ -125,6 +128,7 @@ def measure_sparsity(
     masks: Mapping[str, Tensor],
     image_size: Sequence[int] | None,
     forward_kwargs: Mapping[str, bool],
+    pattern: str,
 ) -> SparsityReport:
     """Count kept weights, bytes, and multiply-accumulates in a forward pass of one image.
 
@@ -134,6 +138,7 @@ def measure_sparsity(
         masks: bool tensors by weight name.
         image_size: (height, width) of the image; None leaves the multiply-accumulates at 0.
         forward_kwargs: further arguments of the backbone.
+        pattern: name of the pattern of the masks.
     """
     positions = _positions(backbone, prunables, image_size, forward_kwargs)
     layers = tuple(
@@ -147,7 +152,8 @@ def measure_sparsity(
     pruned_bytes = sum(
         (~masks[name]).sum().item() * stored_weight(prunable).element_size() for name, prunable in prunables.items()
     )
-    return SparsityReport(layers, sum(p.numel() for p in parameters), dense_bytes, dense_bytes - int(pruned_bytes))
+    count, kept_bytes = sum(p.numel() for p in parameters), dense_bytes - int(pruned_bytes)
+    return SparsityReport(layers, count, dense_bytes, kept_bytes, pattern)
 
 
 @torch.no_grad()
@@ -170,10 +176,9 @@ def _positions(
             positions[name] += first.numel() // channels
 
         handles.append(prunable.module.register_forward_hook(count))
-    channels = next(stored_weight(prunable).shape[1] for prunable in prunables.values())
     parameter = next(backbone.parameters())
     training = backbone.training
-    image = torch.zeros(1, channels, *image_size, device=parameter.device, dtype=parameter.dtype)
+    image = torch.zeros(1, image_channels(backbone), *image_size, device=parameter.device, dtype=parameter.dtype)
     backbone.eval()(pixel_values=image, **forward_kwargs)
     backbone.train(training)
     for handle in handles:

@@ -22,12 +22,17 @@ def fitting_masks(model: PromptedSparseModel, subnetwork: PromptedSparseModel, n
         name: Hub id or folder of the subnetwork, for the messages.
 
     Raises:
-        ValueError: the subnetwork is not frozen, or its tensors differ from those of the model.
+        ValueError: the subnetwork is not frozen, or its pattern or tensors differ from those of the model.
     """
     if subnetwork.config.state != "frozen":
         raise ValueError(
             f"{name} is in the {subnetwork.config.state!r} state, so it holds no fixed masks; save it after "
             "`freeze_masks()`."
+        )
+    if subnetwork.config.pattern != model.config.pattern:
+        raise ValueError(
+            f"The masks of {name} have the pattern {subnetwork.config.pattern!r}, and this model was built for "
+            f"{model.config.pattern!r}; build it with `from_backbone(..., pattern={subnetwork.config.pattern!r})`."
         )
     masks = subnetwork.masks()
     if model.config.new_head:

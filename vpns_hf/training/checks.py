@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
+from ..masking.patterns import UNSTRUCTURED, Pattern
 from ..methods.stage import Method, Rounds, Stage
 from ..model.modeling import PromptedSparseModel
 from ..scores.starts import AUTO
@@ -39,12 +40,42 @@ def check_model(model: Any, args: VPNsTrainingArguments, method: Method) -> None
         raise ValueError(
             f"`method={args.method!r}` needs a model that is pruned already; load one, or prune it first."
         )
+    check_pattern(args.method, method, model.pattern)
     config = model.config.to_dict()
     if wrong := {key: value for key, value in method.backbone.items() if config[key] != value}:
         arguments = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
         raise ValueError(
             f"`method={args.method!r}` needs a model that was built by `from_backbone(..., {arguments})`."
         )
+
+
+def check_pattern(name: str, method: Method, pattern: Pattern) -> None:
+    """Raise unless the method works with masks of the pattern.
+
+    Args:
+        name: name of the method, for the message.
+        method: method.
+        pattern: pattern of the model's masks.
+    """
+    if method.picks_single_weights and pattern is not UNSTRUCTURED:
+        raise ValueError(
+            f"`method={name!r}` chooses weights one by one, and this model has the pattern {pattern.name!r}; build it "
+            "with `pattern='unstructured'`, or use another method, such as 'gmp'."
+        )
+    for scope in sorted(method.scopes):
+        try:
+            pattern.check(0.0, scope)
+        except ValueError as error:
+            raise ValueError(f"`method={name!r}` does not work with this model: {error}") from None
+
+
+def asked_sparsity(model: PromptedSparseModel, args: VPNsTrainingArguments) -> float:
+    """Return the sparsity to prune to: of the arguments, else of the model.
+
+    Raises:
+        ValueError: the pattern of the model does not take it.
+    """
+    return model.pattern.final_sparsity(model.config.sparsity if args.sparsity is None else args.sparsity)
 
 
 def check_state(stage: Stage, model: PromptedSparseModel, args: VPNsTrainingArguments) -> None:

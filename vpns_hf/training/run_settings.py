@@ -37,10 +37,19 @@ _FREE = frozenset(
         *("consistency_check_steps", "metrics"),
     }
 )
-# Fields of the model's configuration that a run changes itself.
+# Fields of the model's configuration that a run changes itself, or that are compared by their own name.
 _CHANGED_BY_RUNS = frozenset(
     {
-        *("state", "sparsity", "scope", "signed_scores", "mapped_labels", "label_mapping_state", "use_prompt"),
+        *(
+            "state",
+            "sparsity",
+            "scope",
+            "pattern",
+            "signed_scores",
+            "mapped_labels",
+            "label_mapping_state",
+            "use_prompt",
+        ),
         *("transformers_version", "dtype", "id2label", "label2id", "backbone_config"),
     }
 )
@@ -66,6 +75,7 @@ def run_settings(
     return settings | {
         "sparsity": sparsity,
         "scope": scope,
+        "pattern": model.config.pattern,
         "images per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "model configuration": _digest(json.dumps(loggable(config), sort_keys=True)),
         "pretrained weights": f"{int(hash_tensors(weights, model.device)):x}",

@@ -29,7 +29,7 @@ from ..metrics import compute_metrics
 from ..model.modeling import PromptedSparseModel
 from .arguments import VPNsTrainingArguments
 from .callbacks import CheckpointControl, LabelMappingUpdates, MaskUpdates, PushCheckpoints
-from .checks import check_data, check_model, check_processes, check_stages, check_state, check_training
+from .checks import asked_sparsity, check_data, check_model, check_processes, check_stages, check_state, check_training
 from .consistency import ConsistencyCheck, keep_masks_from_ddp
 from .counters import trained_weights
 from .interruption import StopSignals
@@ -93,7 +93,7 @@ class VPNsTrainer(StageTrainer):
             model.image_processor = processing_class
         self.prompted_train_dataset = train_dataset if prompted_train_dataset is None else prompted_train_dataset
         self.label_mapper = LabelMapper(self, self.prompted_train_dataset)
-        self.sparsity = model.config.sparsity if args.sparsity is None else args.sparsity
+        self.sparsity = asked_sparsity(model, args)
         self.scope = model.config.scope
         self.teaching = Teaching(args, self.method, model, kwargs.get("compute_loss_func"))
         self.stages = self.teaching.stages(self.method.stages_for(model.config.new_head, self.sparsity))
