@@ -76,8 +76,13 @@ def work(kind, folder, pipe, workers):
     torch.set_num_threads(1)
     if kind in TRAINED:
         settings = TRAINED[kind] | {"method": kind, "dataloader_num_workers": workers}
-        killed_run.train(folder, folder.with_suffix(".log"), callbacks=[Ready(pipe)], **settings)
-        return
+        code = 0
+        try:
+            killed_run.train(folder, folder.with_suffix(".log"), callbacks=[Ready(pipe)], **settings)
+        except SystemExit as stopped:
+            code = stopped.code
+        # Outside of the handler, as at the end of a program: the exception, and the loader in its frames, are gone.
+        sys.exit(code)
     with open(folder.with_suffix(".log"), "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
