@@ -104,7 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dataset_revision", help="commit, tag or branch of the data set")
     command.add_argument("--image_column_name", help="column of the images (default: found)")
     command.add_argument("--label_column_name", help="column of the classes (default: found)")
-    command.add_argument("--test_split", help="what the data set calls its test split (default: test)")
+    for split in ("train", "validation", "test"):
+        command.add_argument(f"--{split}_split", help=f"what the data set calls its {split} split (default: {split})")
+    command.add_argument(
+        "--validation_fraction", type=float, default=0.1, help="share of train that a carved split takes"
+    )
+    command.add_argument("--split_seed", type=int, default=42, help="seed of that carving")
     command.add_argument("--split", choices=("train", "validation", "test"), default="test")
     command.add_argument("--batch_size", type=_positive, default=64, help="images a device takes at a time")
     command.add_argument("--json", action="store_true", help="print a JSON object instead of a table")

@@ -24,10 +24,8 @@ LOADING: dict[str, Check] = {
     "token": optional(either(FLAG, TEXT)),
     "num_proc": optional(count(1, 1024)),
 }
-EVALUATION = {
+_TRAINING_ONLY = ("shots", "fraction", "corrupt_images", "stream_images", "num_proc")
+EVALUATION: dict[str, Check] = {
     "split": one_of(("train", "validation", "test")),
-    **{
-        name: LOADING[name]
-        for name in ("name", "image_column", "label_column", "test_split", "revision", "cache_dir", "token")
-    },
+    **{name: check for name, check in LOADING.items() if name not in _TRAINING_ONLY},
 }
