@@ -167,7 +167,11 @@ def load_evaluation_split(
     """
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     options: dict[str, Any] = {"name": name, "revision": revision, "cache_dir": cache_dir, "token": token}
-    named = {"train_split": train_split, "validation_split": validation_split, "test_split": test_split}
+    named: dict[str, Any] = {
+        "train_split": train_split,
+        "validation_split": validation_split,
+        "test_split": test_split,
+    }
     carving: dict[str, Any] = {"validation_fraction": validation_fraction, "seed": seed}
     if isinstance(path, str) and path in TRANSFER_TASKS:
         return load_transfer_dataset(path, **named, **carving, **columns, **options)[split]
