@@ -130,6 +130,7 @@ NUMBER = Check("a finite number", is_number)
 FRACTION = number("a fraction in [0, 1), such as 0.9 for 90 %", lambda value: 0 <= value < 1)
 AT_LEAST_0 = number("a number of at least 0", lambda value: value >= 0)
 ABOVE_0 = number("a number above 0", lambda value: value > 0)
+BETWEEN_0_AND_1 = number("a share between 0 and 1, such as 0.1", lambda value: 0 < value < 1)
 SHARE = number("a share above 0 and up to 1, such as 0.1", lambda value: 0 < value <= 1)
 SEED = count(0)
 FRACTIONS = Check(

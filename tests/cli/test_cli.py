@@ -16,6 +16,7 @@ import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from helpers.hub_server import Fault
 from helpers.models import tiny_backbone, tiny_model
+from helpers.pictures import write_images
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image as PILImage
@@ -24,6 +25,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 from vpns_hf import PromptedSparseModel
 from vpns_hf.cli import commands, main
 from vpns_hf.cli.inspection import inspect_folder
+from vpns_hf.data import load_transfer_dataset
 
 NAMES = {0: "dark", 1: "bright"}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
@@ -463,3 +465,56 @@ def test_evaluate_on_another_task_is_refused(folder, tmp_path, capsys):
 
 def test_evaluate_on_data_that_is_not_there(folder, tmp_path, capsys):
     assert "missing" in failure(["evaluate", folder, "--dataset_name", tmp_path / "missing"], capsys)
+
+
+def test_evaluate_uses_all_images_of_a_folder_without_splits(folder, tmp_path, capsys):
+    tell_apart(folder)
+    for name, value in (("dark", 20), ("bright", 230)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(7):
+            pixels = np.full((8, 8, 3), value + index, dtype=np.uint8)
+            PILImage.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+    for split in ("test", "validation"):
+        command = ["evaluate", str(folder), "--dataset_name", str(tmp_path / "images"), "--split", split, "--json"]
+        assert main(command) == 0
+        assert json.loads(capsys.readouterr().out)["images"] == 14
+
+
+def test_evaluate_takes_the_carved_split_that_a_run_selected_on(folder, data, capsys):
+    tell_apart(folder)
+    command = ["evaluate", str(folder), "--dataset_name", str(data), "--split", "validation", "--json"]
+    assert main([*command, "--validation_fraction", "0.5", "--split_seed", "7"]) == 0
+    split = load_transfer_dataset(data, validation_fraction=0.5, seed=7)["validation"]
+    assert json.loads(capsys.readouterr().out)["images"] == len(split)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--image_column_name", "picture"],
+        ["--label_column_name", "kind"],
+        ["--train_split", "training"],
+        ["--validation_split", "dev"],
+        ["--test_split", "final"],
+        ["--test_split", "train"],
+        ["--split", "validation", "--validation_fraction", "0.01"],
+        ["--dataset_name", "images", "--dataset_config_name", "one"],
+        ["--dataset_name", "images", "--dataset_revision", "main"],
+        ["--dataset_name", "images", "--test_split", "final"],
+        ["--dataset_name", "columns"],
+    ],
+    ids=" ".join,
+)
+def test_errors_of_evaluate_name_flags_that_it_has(flags, folder, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images", 2)
+    Dataset.from_dict({"a": [1, 2], "b": [3, 4]}).save_to_disk(str(tmp_path / "columns"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", str(folder), "--dataset_name", str(data), *flags])
+    line = capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    known = capsys.readouterr().out
+    named = re.findall(r"--\w+", line) + re.findall(r"\b\w+_(?:split|fraction|column_name)\b", line)
+    assert named
+    assert [flag for flag in named if flag not in known] == []

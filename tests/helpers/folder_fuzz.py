@@ -205,6 +205,9 @@ def run(root: Path, first: int, count: int, log: Path | None = None) -> dict[str
     `clear sentence` (raised by the package, one line), `foreign sentence` (a ValueError or OSError of another
     library), `traceback` (any other exception), `same`, `different`, `too long`, and `memory` behind any of them.
     """
+    signal.signal(signal.SIGALRM, raise_too_long)
+    signal.signal(signal.SIGPROF, raise_too_long)
+    logging.getLogger("vpns_hf").addHandler(Listen(logging.WARNING))
     folders = seed_folders(root / "seeds")
     counts: dict[str, Counter] = {action.__name__: Counter() for action in (load, inspect, wrap)}
     for seed in range(first, first + count):
@@ -237,9 +240,6 @@ if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
-    signal.signal(signal.SIGALRM, raise_too_long)
-    signal.signal(signal.SIGPROF, raise_too_long)
-    logging.getLogger("vpns_hf").addHandler(Listen(logging.WARNING))
     sys.stdin = open(os.devnull)  # noqa: SIM115
     scratch = Path(sys.argv[1])
     found = run(scratch, int(sys.argv[2]), int(sys.argv[3]), scratch / "log.jsonl")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import resource
 
 import pytest
 import timm
@@ -305,3 +306,53 @@ def test_parameters_that_a_class_freezes_itself_are_accepted(monkeypatch):
 
     monkeypatch.setattr(ViTForImageClassification, "__init__", frozen_positions)
     PromptedSparseModel.from_backbone(tiny_backbone("vit"), prompt=None)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("vit", dict(num_hidden_layers=10**6)),
+        ("vit", dict(num_hidden_layers=10**9)),
+        ("vit", dict(hidden_size=12_000)),
+        ("vit", dict(intermediate_size=10**6)),
+        ("vit", dict(image_size=10**5)),
+        ("resnet", dict(hidden_sizes=[8, 10**6])),
+        ("resnet", dict(depths=[1, 10**6])),
+    ],
+)
+def test_folders_whose_configuration_is_larger_than_their_weights_are_refused(family, change, tmp_path):
+    tiny_backbone(family).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    before = peak_memory()
+    with pytest.raises(ValueError, match=r"describes a model of more than|is too large for an image classifier"):
+        PromptedSparseModel.from_backbone(str(tmp_path))
+    assert peak_memory() - before < 2**27
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("preprocessor_config.json", "{", "no sound JSON"),
+        (
+            "preprocessor_config.json",
+            '{"image_processor_type": "ViTImageProcessor", "image_std": [0, 1, 1]}',
+            "above 0",
+        ),
+        ("preprocessor_config.json", '{"size": {"height": 1000000, "width": 3}}', "at most 4096"),
+        ("config.json", '{"model_type": "vit", "num_hidden_layers": "two"}', "num_hidden_layers"),
+        ("config.json", '{"model_type": "vit", "model_type": ["vit"]}', "no local folder"),
+        ("config.json", "[" * 5000, "no sound JSON"),
+    ],
+)
+def test_damaged_files_of_a_backbone_are_refused_in_one_sentence(name, content, message, tmp_path):
+    tiny_backbone("vit").save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        PromptedSparseModel.from_backbone(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def peak_memory():
+    """Largest size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

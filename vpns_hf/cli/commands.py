@@ -101,7 +101,11 @@ def evaluate(args: argparse.Namespace) -> None:
         revision=args.dataset_revision,
         image_column=args.image_column_name,
         label_column=args.label_column_name,
+        train_split=args.train_split,
+        validation_split=args.validation_split,
         test_split=args.test_split,
+        validation_fraction=args.validation_fraction,
+        seed=args.split_seed,
         token=args.token,
     )
     images = _with_labels_of(model, images)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
 from transformers.utils import logging
 
+from ..values import BETWEEN_0_AND_1, SEED, Check, count
 from ..version import __version__
 from .commands import evaluate, export, inspect, push
 from .errors import exit_in_one_sentence
@@ -72,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(command)
     command.add_argument("out", metavar="OUT", help="folder to make, or the .onnx file")
     command.add_argument("--format", choices=("transformers", "timm", "onnx"), default="transformers")
-    command.add_argument("--opset", type=int, help="version of the ONNX operators (default: torch's choice)")
+    command.add_argument(
+        "--opset", type=_number(int, count()), help="version of the ONNX operators (default: torch's choice)"
+    )
     prompt = command.add_mutually_exclusive_group()
     prompt.add_argument(
         "--with_prompt", dest="use_prompt", action="store_const", const=True, help="logits are those with the prompt"
@@ -104,9 +108,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dataset_revision", help="commit, tag or branch of the data set")
     command.add_argument("--image_column_name", help="column of the images (default: found)")
     command.add_argument("--label_column_name", help="column of the classes (default: found)")
-    command.add_argument("--test_split", help="what the data set calls its test split (default: test)")
+    for split in ("train", "validation", "test"):
+        command.add_argument(f"--{split}_split", help=f"what the data set calls its {split} split (default: {split})")
+    command.add_argument(
+        "--validation_fraction",
+        type=_number(float, BETWEEN_0_AND_1),
+        default=0.1,
+        help="share of train that a carved split takes",
+    )
+    command.add_argument("--split_seed", type=_number(int, SEED), default=42, help="seed of that carving")
     command.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    command.add_argument("--batch_size", type=_positive, default=64, help="images a device takes at a time")
+    command.add_argument(
+        "--batch_size", type=_number(int, count()), default=64, help="images a device takes at a time"
+    )
     command.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
     return parser
 
@@ -132,8 +146,13 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--token", help="Hub token (default: the one of `hf auth login`)")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
+def _number(kind: type, check: Check) -> Callable[[str], Any]:
+    """Return a function that parses a number and refuses those that a check does not take."""
+
+    def parse(text: str) -> Any:
+        with suppress(ValueError):
+            if check.accepts(number := kind(text)):
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not {check.expected}")
+
+    return parse

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..values import FLAG, NAME, PATH, SEED, SHARE, TEXT, Check, count, either, number, one_of, optional
+from ..values import BETWEEN_0_AND_1, FLAG, NAME, PATH, SEED, SHARE, TEXT, Check, count, either, one_of, optional
 from .corrupt import CORRUPT_IMAGES
 
 _NAME = optional(NAME)
@@ -13,7 +13,7 @@ LOADING: dict[str, Check] = {
     "train_split": _NAME,
     "validation_split": _NAME,
     "test_split": _NAME,
-    "validation_fraction": number("a share between 0 and 1, such as 0.1", lambda value: 0 < value < 1),
+    "validation_fraction": BETWEEN_0_AND_1,
     "shots": optional(count()),
     "fraction": optional(SHARE),
     "seed": SEED,
@@ -24,10 +24,8 @@ LOADING: dict[str, Check] = {
     "token": optional(either(FLAG, TEXT)),
     "num_proc": optional(count(1, 1024)),
 }
-EVALUATION = {
+_TRAINING_ONLY = ("shots", "fraction", "corrupt_images", "stream_images", "num_proc")
+EVALUATION: dict[str, Check] = {
     "split": one_of(("train", "validation", "test")),
-    **{
-        name: LOADING[name]
-        for name in ("name", "image_column", "label_column", "test_split", "revision", "cache_dir", "token")
-    },
+    **{name: check for name, check in LOADING.items() if name not in _TRAINING_ONLY},
 }

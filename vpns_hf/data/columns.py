@@ -36,7 +36,9 @@ def choose_columns(parts: dict[str, Part], image: str | None, label: str | None)
     renamed = {theirs: ours for theirs, ours in wanted if theirs != ours}
 
     def choose(part: Part) -> Part:
-        require_columns(part, {column: f"name one of them with {what}_column" for column, what in wanted})
+        require_columns(
+            part, {column: f"name one of them with {what}_column (`--{what}_column_name`)" for column, what in wanted}
+        )
         data = part.data.select_columns([image, label]).rename_columns(renamed)
         return replace(part, data=data.cast_column("image", RGB_IMAGE))
 
@@ -52,7 +54,8 @@ def _find_column(features: Features, kind: type, usual_names: Sequence[str], wha
         if column in (typed or features):
             return column
     raise ValueError(
-        f"It is not clear which column holds the {what}s among {listed(features)}: name it with {what}_column."
+        f"It is not clear which column holds the {what}s among {listed(features)}: name it with "
+        f"{what}_column (`--{what}_column_name`)."
     )
 
 
@@ -179,7 +182,7 @@ def _sorted_classes(values: Sequence[Any], feature: Any) -> list[Any]:
     if len(kinds) > 1 or not kinds <= {bool, int, str}:
         raise ValueError(
             f"The label column holds {feature}: expected one whole number or one string for each image, the same type "
-            "in every split, name another column with label_column or convert it."
+            "in every split, name another column with label_column (`--label_column_name`) or convert it."
         )
     return sorted(set(values))
 
@@ -191,5 +194,6 @@ def check_classes(train: Part, expected: int | None, path: Any) -> None:
         shown = listed(names[:10]) + (", ..." if len(names) > 10 else "")
         raise ValueError(
             f"The data set '{path}' has {len(names)} classes ({shown}) and its row of TRANSFER_TASKS says {expected}: "
-            "it is not the data set that the row means; pass its Hub id and label_column to use it as it is."
+            "it is not the data set that the row means; pass its Hub id and label_column (`--label_column_name`) to "
+            "use it as it is."
         )

@@ -141,7 +141,11 @@ def load_evaluation_split(
     name: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    train_split: str | None = None,
+    validation_split: str | None = None,
     test_split: str | None = None,
+    validation_fraction: float = 0.1,
+    seed: int = 42,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -152,7 +156,8 @@ def load_evaluation_split(
         path: data set, as for `load_transfer_dataset`.
         split: `train`, `validation` or `test`; splits that a data set with several does not have are carved as
             `load_transfer_dataset` does. Without effect on a data set of one split, which is used whole.
-        name, image_column, label_column, test_split, revision, cache_dir, token: as for `load_transfer_dataset`.
+        name, image_column, label_column, revision, cache_dir, token: as for `load_transfer_dataset`.
+        train_split, validation_split, test_split, validation_fraction, seed: likewise, where there are several splits.
 
     Returns:
         A data set with columns `image` and `label`.
@@ -162,14 +167,21 @@ def load_evaluation_split(
     """
     columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     options: dict[str, Any] = {"name": name, "revision": revision, "cache_dir": cache_dir, "token": token}
+    named: dict[str, Any] = {
+        "train_split": train_split,
+        "validation_split": validation_split,
+        "test_split": test_split,
+    }
+    carving: dict[str, Any] = {"validation_fraction": validation_fraction, "seed": seed}
     if isinstance(path, str) and path in TRANSFER_TASKS:
-        return load_transfer_dataset(path, test_split=test_split, **columns, **options)[split]
-    raw = _read(path, [] if test_split is None else [test_split], **options)
+        return load_transfer_dataset(path, **named, **carving, **columns, **options)[split]
+    raw = _read(path, [theirs for theirs in named.values() if theirs is not None], **options)
     if len(raw) > 1:
-        return load_transfer_dataset(raw, test_split=test_split, **columns)[split]
+        return load_transfer_dataset(raw, **named, **carving, **columns)[split]
     stored = next(iter(raw))
-    if test_split not in (None, stored):
-        raise ValueError(f"The data set has no split '{test_split}': leave test_split out to use all of '{stored}'.")
+    for argument, theirs in named.items():
+        if theirs not in (None, stored):
+            raise ValueError(f"The data set has no split '{theirs}': leave {argument} out to use all of '{stored}'.")
     parts = {"train": _part(raw[stored], stored, None, 0, cache_dir)}
     return encode_labels(choose_columns(parts, image_column, label_column))["train"].data
 
@@ -198,11 +210,11 @@ def _read_folder(folder: Path, asked: list[str], **options: Any) -> DatasetDict:
     """Read a local folder and report its image files that are no rows."""
     listing = folders.list_folder(folder)
     if folders.is_image_folder(folder, listing):
-        for argument in ("name", "revision"):
+        for argument, flag in (("name", "--dataset_config_name"), ("revision", "--dataset_revision")):
             if options[argument] is not None:
                 raise ValueError(
-                    f"{argument} is '{options[argument]}' and '{folder}' is a local folder of images, which has no "
-                    f"{argument}: leave it out."
+                    f"{argument} (`{flag}`) is '{options[argument]}' and '{folder}' is a local folder of images, "
+                    f"which has no {argument}: leave it out."
                 )
         return folders.read_image_folder(folder, listing, asked, options["cache_dir"], "streaming" in options)
     if glob.has_magic(str(folder)):

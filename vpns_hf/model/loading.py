@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -58,6 +60,7 @@ def in_one_sentence(name: str) -> Iterator[None]:
         TypeError,
         ImportError,
         SafetensorError,
+        StrictDataclassError,
     ) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -119,7 +122,9 @@ def load_image_processor(name: str, kwargs: Mapping[str, Any]) -> BaseImageProce
     values = read_json(Path(path))
     _check_processor(path, values)
     mean = values.get("image_mean")
-    picture = torch.zeros(len(mean) if isinstance(mean, list) else 3, 64, 48, dtype=torch.uint8)
+    channels = len(mean) if isinstance(mean, list) else 3
+    # That of timm takes PIL images only, and PIL has no images of other than 1, 3 or 4 channels.
+    picture = Image.new("RGB", (48, 64)) if channels == 3 else torch.zeros(channels, 64, 48, dtype=torch.uint8)
     try:
         image_processor = transformers.AutoImageProcessor.from_pretrained(name, **hub.hub_kwargs(kwargs))
         # Most wrong values only show when they are used.

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..locks import lock
 from ..saved_folder import UNFINISHED, finish_replacing, remove, writing
-from ..values import FLAG, PATH, either, optional, require
+from ..values import FLAG, PATH, Check, check_fields, check_values, count, either, instance_of, optional, require
 from .checkpoints import UNFINISHED_CHECKPOINT, damage, last_complete_checkpoint
 from .counters import Cost
 from .run_settings import check_settings
@@ -29,6 +29,11 @@ MODEL_FOLDER = "model"
 _LEFTOVERS = (f"{STAGES_NAME}.tmp", "first_state.tmp", f"{MODEL_FOLDER}.tmp", UNFINISHED_CHECKPOINT, UNFINISHED)
 logger = logging.getLogger(__name__)
 _CHECKPOINT = optional(either(FLAG, PATH))
+_CONTENT = {"settings": instance_of(dict), "finished": instance_of(list)}
+_METRICS = Check(
+    "numbers by name",
+    lambda value: isinstance(value, dict) and all(isinstance(number, int | float) for number in value.values()),
+)
 
 
 @contextmanager
@@ -87,6 +92,13 @@ class FinishedStage:
         return ", ".join([f"{self.steps} steps", f"density {density:.2%}", *accuracies])
 
 
+def _read_stage(values: Any) -> FinishedStage:
+    stage = FinishedStage(**values | {"cost": Cost(**values.get("cost", {}))})
+    check_fields(stage, {"steps": count(0), "metrics": _METRICS})
+    check_fields(stage.cost, {})
+    return stage
+
+
 @dataclass
 class RunRecord:
     """Record of the finished stages of a run, saved in `stages.json`, which is replaced atomically.
@@ -103,13 +115,22 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: Path, settings: dict[str, Any]) -> RunRecord:
-        """Read the record of a folder, or create an empty one for a run with these settings."""
+        """Read the record of a folder, or create an empty one for a run with these settings.
+
+        Raises:
+            ValueError: the record is damaged.
+        """
         path = folder / STAGES_NAME
         if not path.is_file():
             return cls(folder, settings, [])
-        content = json.loads(path.read_text(encoding="utf-8"))
-        finished = [FinishedStage(**stage | {"cost": Cost(**stage["cost"])}) for stage in content["finished"]]
-        return cls(folder, content["settings"], finished)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            check_values(content, _CONTENT)
+            return cls(folder, content["settings"], [_read_stage(stage) for stage in content["finished"]])
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}), so the run cannot be resumed; choose another `output_dir`."
+            ) from error
 
     @classmethod
     def last_finished_folder(cls, folder: Path) -> Path | None:
