@@ -68,6 +68,12 @@ def ddp(folder):
     sharded_selection()
     for scope in ("global", "row"):
         sharded_model(sparsity=0.7, scope=scope)
+    (folder / "sharded").touch()
+
+
+def patterns(folder):
+    """Groups within rows, and blocks that two processes share."""
+    sharded_selection_in_patterns()
     for pattern in ("2:4", "block:3"):
         sharded_model(sparsity=get_pattern(pattern).sparsity or 0.7, scope="global", pattern=pattern)
     (folder / "sharded").touch()
@@ -162,11 +168,22 @@ def sharded_selection():
             expected = select_masks(scores, 0.6, scope)
             assert all(isinstance(mask, DTensor) for mask in masks.values())
             assert all(torch.equal(mask.full_tensor(), expected[name]) for name, mask in masks.items()), scope
-        del scores["odd"], scores["one row"]
-        for pattern, sparsity in (("1:2", 0.5), ("1:2", 0.3), ("block:2", 0.6)):
-            parts = {name: template[name].detach() for name in scores}
-            masks = select_masks(parts, sparsity, pattern=get_pattern(pattern))
-            expected = select_masks(scores, sparsity, pattern=get_pattern(pattern))
+
+
+def sharded_selection_in_patterns():
+    """Rows that do not divide, ties, a block on two processes, more processes than rows of blocks."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"odd": (5, 8), "one row": (1, 4), "image": (3, 4, 3, 3)}
+    scores = {name: torch.randn(shape, generator=generator).mul(2).round() for name, shape in shapes.items()}
+    template = torch.nn.ParameterDict({name: torch.nn.Parameter(score) for name, score in scores.items()})
+    fully_shard(template, mesh=mesh)
+    parts = {name: template[name].detach() for name in scores}
+    for pattern, sparsity in (("2:4", 0.5), ("2:4", 0.3), ("block:2", 0.6), ("block:4", 0.5)):
+        for scope in ("global", "layer", "row"):
+            masks = select_masks(parts, sparsity, scope, get_pattern(pattern))
+            expected = select_masks(scores, sparsity, scope, get_pattern(pattern))
+            assert all(isinstance(mask, DTensor) for mask in masks.values())
             assert all(torch.equal(mask.full_tensor(), expected[name]) for name, mask in masks.items()), pattern
 
 

@@ -198,6 +198,8 @@ def test_the_sparsity_that_a_pattern_fixes(given, expected):
 
 
 def test_another_sparsity_is_refused():
+    with pytest.raises(ValueError, match="`sparsity` is nan, but"):
+        get_pattern("2:4").final_sparsity(math.nan)
     with pytest.raises(ValueError, match=r"`sparsity` is 0.9, but `pattern='1:3'` fixes it at 0.6667"):
         get_pattern("1:3").final_sparsity(0.9)
     assert [get_pattern(name).final_sparsity(None) for name in ("unstructured", "block:8")] == [0.9, 0.9]

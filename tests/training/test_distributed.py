@@ -114,6 +114,12 @@ def test_sharded_models_equal_whole_ones(ddp):
     assert (ddp / "sharded").is_file()
 
 
+def test_sharded_models_in_patterns_equal_whole_ones(tmp_path):
+    """Asserted inside: `patterns` of the worker."""
+    launch_whole("patterns", tmp_path)
+    assert (tmp_path / "sharded").is_file()
+
+
 def test_one_process_killed_ends_all(tmp_path):
     started = time.monotonic()
     code, output = launch("killed", tmp_path, timeout=180)

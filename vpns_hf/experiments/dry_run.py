@@ -72,6 +72,7 @@ def _facts(experiment: Experiment, trainer: VPNsTrainer) -> Iterator[tuple[str, 
     yield "backbone", f"{experiment.model_args.model_name_or_path} ({type(model.backbone).__name__})"
     yield "parameters", f"{sum(parameter.numel() for parameter in model.backbone.parameters()):,}"
     yield "prunable weights", f"{sum(weight.numel() for weight in prunable):,}"
+    yield "pattern", model.config.pattern
     yield "input", f"{height} x {width} pixels"
     yield "prompt", model.config.prompt or MISSING
     yield "data", experiment.data_args.dataset_name

@@ -78,7 +78,8 @@ class Pattern:
         """
         if self.sparsity is None or sparsity == 0:
             return 0.9 if sparsity is None else sparsity
-        if sparsity is not None and abs(sparsity - self.sparsity) > _ROUNDING:
+        # NaN compares with nothing.
+        if sparsity is not None and not abs(sparsity - self.sparsity) <= _ROUNDING:
             raise ValueError(
                 f"`sparsity` is {sparsity}, but `pattern={self.name!r}` fixes it at {self.sparsity:.4g}; pass that "
                 "or none, or choose another pattern."
