@@ -211,7 +211,7 @@ def test_comparison_refuses_unknown_methods(task, capsys):
     assert "`method` is 'hydro'" in failure(lambda: compare(task, "--methods", "hydro"), capsys)
 
 
-@pytest.mark.parametrize("name", ["demo", "imagenet"])
+@pytest.mark.parametrize("name", ["demo", "imagenet", "all_methods", "all_methods_imagenet"])
 def test_committed_comparison_is_what_its_lines_say(name, tmp_path):
     """Table and README are made from `results.jsonl`, whose cells are of the setting and counted alike."""
     folder = RECIPES / "comparison" / name
@@ -228,7 +228,11 @@ def test_committed_comparison_is_what_its_lines_say(name, tmp_path):
     assert written.startswith(summary)
     assert comparison_markdown(results, wanted.methods, sorted(wanted.sparsities)) in written
     if name == "demo":
-        assert summary in (RECIPES.parent / "README.md").read_text(encoding="utf-8")
+        readme = (RECIPES.parent / "README.md").read_text(encoding="utf-8")
+        section = readme.partition("## A fair comparison")[2].partition("\n## ")[0]
+        rows = [line for line in section.splitlines() if line.startswith("| ")]
+        assert len(rows) >= 6
+        assert [row for row in rows if row not in summary.splitlines()] == []
 
 
 def test_references_at_another_sparsity(task):
