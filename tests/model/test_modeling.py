@@ -241,7 +241,7 @@ def test_missing_tensors_are_refused(tmp_path):
         (dict(label_mapping="semantic", num_labels=3), "`label_mapping` is 'semantic'"),
         (dict(label_mapping="frequency"), "pass `num_labels`"),
         (dict(num_labels=3, new_head=False), "it has 6 labels and the task has 3"),
-        (dict(num_labels=3, id2label={0: "a"}), "`id2label` names 1 labels"),
+        (dict(num_labels=3, id2label={0: "a"}), "`id2label` names 1 classes"),
         (dict(ignore_modules=["nothing"]), "names 'nothing'"),
         (dict(ignore_modules=["vit", "classifier"]), "has no prunable weight"),
     ],

@@ -91,7 +91,7 @@ def check_training(
     plans: Sequence[StagePlan], model: PromptedSparseModel, args: VPNsTrainingArguments, data: Any
 ) -> None:
     """Raise unless the first of the stages that are left can start, and there are images for them."""
-    if plans and (data is None or len(data) == 0):
+    if any(plan.stage.roles for plan in plans) and (data is None or len(data) == 0):
         raise ValueError(
             f"`train_dataset` {'is not given' if data is None else 'holds no image'}; pass the images to train on."
         )
