@@ -58,12 +58,14 @@ def save(
             save_plain(name, **kwargs)
         if model.image_processor is not None and kwargs.get("is_main_process", True):
             model.image_processor.save_pretrained(name)
-        weights = list(Path(name).glob("*.safetensors"))
-        # Processes other than the main one write no weights and must not remove those that it wrote.
-        for stale in folder.glob("model*.safetensors*") if weights else ():
-            stale.unlink()
-        for file in Path(name).iterdir():
+        written = list(Path(name).iterdir())
+        # Replaced one by one, so that at every moment a model of this name can be loaded.
+        for file in written:
             os.replace(file, folder / file.name)
+        # Processes other than the main one write no weights and must not remove those that it wrote.
+        if any(file.suffix == ".safetensors" for file in written):
+            for stale in set(folder.glob("model*.safetensors*")) - {folder / file.name for file in written}:
+                stale.unlink()
 
 
 def _save_packed(
