@@ -64,7 +64,8 @@ def methods_table() -> str:
     for name, method in METHODS.items():
         stages = ", ".join(_stage_name(entry) for entry in method.stages)
         prompt = "yes" if method.uses_prompt else ""
-        rows.append(f"| `{name}` | {stages} | {prompt} | {PAPER.sub(_papers, method.description)} |")
+        description = PAPER.sub(_papers, method.description).replace("|", r"\|")
+        rows.append(f"| `{name}` | {stages} | {prompt} | {description} |")
     return "\n".join(rows)
 
 
@@ -86,11 +87,8 @@ def included(path: str, heading: str | None = None) -> str:
         FileNotFoundError: there is no such file or heading.
     """
     text = (ROOT / path).read_text(encoding="utf-8")
-    if heading is not None:
-        text = section(text, heading, path)
-    else:
-        # The page has a title of its own.
-        text = re.sub(r"\A# .*\n", "", text)
+    # The page has a title of its own.
+    text = re.sub(r"\A# .*\n", "", text) if heading is None else section(text, heading, path)
     folder = posixpath.dirname(path)
     return _outside_code(text, lambda found: _included_link(found, folder))
 

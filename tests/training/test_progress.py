@@ -2,12 +2,13 @@
 
 import io
 import re
-import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers.training import Images, StopAt, fresh, make_trainer
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from vpns_hf.training import progress
 from vpns_hf.training.progress import StageBars
 
 LENGTHS = {"max_steps": 4, "save_strategy": "no", "eval_dataset": Images(8, augment=False)}
@@ -27,10 +28,11 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def terminal(monkeypatch, capsys):
+def terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     stream = Terminal()
-    monkeypatch.setattr(sys, "stderr", stream)
+    # Not that of the process, which pytest sets again for the test itself.
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
     return stream
 
 

@@ -26,6 +26,9 @@ class StageBars(ProgressCallback):
         place: function that names the present stage, such as `"[stage 2 of 3] search"`.
     """
 
+    training_bar: tqdm | None
+    prediction_bar: tqdm | None
+
     def __init__(self, place: Callable[[], str]):
         super().__init__()
         self.place = place
@@ -36,9 +39,7 @@ class StageBars(ProgressCallback):
         self._close()
         self._facts, self._is_training = {}, True
         if _has_bars(args, state):
-            self.training_bar = tqdm(
-                desc=self.place(), total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True
-            )
+            self.training_bar = _bar(self.place(), state.max_steps, initial=state.global_step, unit="step")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:  # noqa: D102
         if self.training_bar is not None:
@@ -50,8 +51,7 @@ class StageBars(ProgressCallback):
         if not _has_bars(args, state) or not has_length(eval_dataloader):
             return
         if self.prediction_bar is None:
-            batches = len(eval_dataloader)
-            self.prediction_bar = tqdm(desc="evaluation", total=batches, leave=False, dynamic_ncols=True)
+            self.prediction_bar = _bar("evaluation", len(eval_dataloader), leave=False)
         if self.prediction_bar.n == self.prediction_bar.total:
             # A second pass, with the prompt.
             self.prediction_bar.reset()
@@ -105,6 +105,10 @@ def _is_shown(args: TrainingArguments, state: TrainerState) -> bool:
 
 def _has_bars(args: TrainingArguments, state: TrainerState) -> bool:
     return _is_shown(args, state) and not args.disable_tqdm and sys.stderr.isatty()
+
+
+def _bar(name: str, total: int, **options: Any) -> tqdm:
+    return tqdm(desc=name, total=total, file=sys.stderr, dynamic_ncols=True, **options)
 
 
 def _facts(logs: Mapping[str, Any]) -> dict[str, str]:
