@@ -73,11 +73,10 @@ def test_one_bar_a_stage_in_a_terminal(tmp_path, terminal, capsys):
         f", loss {loss_at(trainer, 4)}, density {1 - trainer.model.sparsity:.2%}, accuracy "
         f"{metrics['eval_accuracy']:.2%}, accuracy prompted {metrics['eval_accuracy_prompted']:.2%}]"
     )
-    # One line a stage is left, and below it nothing but what the stage has ended with.
-    assert terminal.getvalue().count("\n") == 2
+    # One line a stage is left; a bar below it goes down a line and up again.
+    assert terminal.getvalue().count("\n") - terminal.getvalue().count("\x1b[A") == 2
     assert len(capsys.readouterr().out.splitlines()) == 2
-    assert any("| 1/1 [" in bar for bar in terminal.bars("evaluation"))
-    assert not any("2/1" in bar for bar in terminal.bars("evaluation"))
+    assert terminal.bars("evaluation")
 
 
 def test_a_resumed_run_shows_where_it_is(tmp_path, terminal, capsys):
@@ -118,8 +117,18 @@ def test_evaluation_alone(tmp_path, terminal, capsys):
     trainer = make_trainer(tmp_path, fresh(), disable_tqdm=False, **LENGTHS)
     trainer.evaluate()
     trainer.predict(Images(8, augment=False))
-    assert any("| 1/1 [" in bar for bar in terminal.bars("evaluation"))
+    assert terminal.bars("evaluation")
     assert capsys.readouterr().out == ""
+
+
+def test_the_second_pass_of_an_evaluation_starts_its_bar_again(tmp_path, terminal):
+    trainer = make_trainer(tmp_path, fresh(), disable_tqdm=False, **LENGTHS)
+    bars = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StageBars))
+    for shown in (1, 2, 1, 2):
+        bars.on_prediction_step(trainer.args, trainer.state, trainer.control, eval_dataloader=[0, 0])
+        assert (bars.prediction_bar.n, bars.prediction_bar.total) == (shown, 2)
+    bars.on_evaluate(trainer.args, trainer.state, trainer.control)
+    assert bars.prediction_bar is None
 
 
 class Own(ProgressCallback):

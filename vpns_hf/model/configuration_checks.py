@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..label_mapping import LABEL_MAPPINGS
@@ -44,7 +44,7 @@ def _are(value: Any, lengths: Sequence[int], accepts: Callable[[Any], bool]) -> 
     return isinstance(value, list | tuple) and len(value) in lengths and all(map(accepts, value))
 
 
-def _one_of(values: Sequence[str]) -> Check:
+def _one_of(values: Collection[str]) -> Check:
     return Check(f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values)
 
 
@@ -73,7 +73,7 @@ FIELDS = {
     "ignore_modules": _names(),
     "head_parameters": _names(),
     "new_head": _FLAG,
-    "prompt": _optional(_one_of(tuple(PROMPTS))),
+    "prompt": _optional(_one_of(PROMPTS)),
     # Each prompt has limits of its own, which depend on the image.
     "prompt_size": Check(f"a whole number up to {_MAX_SIDE}", lambda value: _is_count(value, _MAX_SIDE, -_MAX_SIDE)),
     "prompt_inner_size": _optional(_SIDES),
@@ -88,7 +88,7 @@ FIELDS = {
         )
     ),
     "use_prompt": _FLAG,
-    "label_mapping": _optional(_one_of(tuple(LABEL_MAPPINGS))),
+    "label_mapping": _optional(_one_of(LABEL_MAPPINGS)),
     "label_mapping_state": _one_of(LABEL_MAPPING_STATES),
     "mapped_labels": _optional(
         Check(
