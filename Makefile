@@ -2,7 +2,7 @@
 PYTHON = .venv/bin/python
 PROCESSES = 2
 
-.PHONY: help test test-all test-slow test-distributed test-interruption kills test-lowest fuzz benchmarks lint
+.PHONY: help docs test test-all test-slow test-distributed test-interruption kills test-lowest fuzz benchmarks lint
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -38,6 +38,9 @@ fuzz: ## damaged packed files, 100,000 of them, and 10,000 damaged folders
 
 benchmarks: ## every benchmark, one after the other
 	for file in $$(grep -l __main__ benchmarks/*.py); do $(PYTHON) $$file || exit 1; done
+
+docs: ## the documentation, in site/; needs `pip install -e ".[docs]"`
+	$(PYTHON) -m mkdocs build --strict
 
 lint: ## style and types; needs `pip install -e ".[quality]"`
 	$(PYTHON) -m ruff check

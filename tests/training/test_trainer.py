@@ -254,7 +254,7 @@ def test_logs_and_evaluation(tmp_path, capsys):
     assert all(entry["prompt_max"] > 0 for entry in logged)
     assert output.global_step == 16
     assert {"search_train_loss", "tune_train_loss"} <= set(output.metrics)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[stage")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if " steps, density" in line]
     assert len(lines) == 2
     assert "search: 8 steps, density 50.0" in lines[0]
     assert "accuracy prompted" in lines[1]

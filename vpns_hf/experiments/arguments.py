@@ -208,6 +208,10 @@ class PruneArguments(DryRunArguments):
         default=None,
         metadata={"help": "Licence of the pruned model, as the Hub spells it; by default the backbone's own."},
     )
+    keep_checkpoints: bool = field(
+        default=False,
+        metadata={"help": "Keep the checkpoints and the model of every stage when the run has ended."},
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, {"references": NAMES})

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 from ..saved_files import MAX_YAML, read_text, read_yaml
 from ..training.arguments import VPNsTrainingArguments
+from . import machine
 from .arguments import DataArguments
 from .task_settings import apply_task_settings
 
@@ -37,7 +38,8 @@ def parse_recipe(
 
     In the YAML file a string, also one in a list, that starts with `./` or `../` is a path relative to the file. Batch
     size and learning rates that neither the file nor a flag sets are those of the data set's row, see
-    [`apply_task_settings`].
+    [`apply_task_settings`]; `auto` for the arguments `machine.NAMES` is the value that fits the machine, see
+    [`machine.choose`].
 
     Args:
         argument_classes: dataclasses, whose fields are the valid keys and flags.
@@ -52,11 +54,13 @@ def parse_recipe(
             does not fit, an unreadable file.
     """
     config, flags = _split_config(list(sys.argv[1:] if arguments is None else arguments), default_config)
+    flags, automatic = machine.split_auto(flags)
     values: dict[str, Any] = {}
     if config is not None:
         values = _read_yaml(config)
         _check_names(values, argument_classes, f"{config}: unknown key")
-    given = _given_flags(argument_classes, flags) | values.keys()
+    given = values | automatic | _given_flags(argument_classes, flags)
+    chosen = machine.choose(given) if VPNsTrainingArguments in argument_classes else {}
     parser = _Parser(
         argument_classes, description="Flags win over the YAML file given by --config.", allow_abbrev=False
     )
@@ -64,11 +68,13 @@ def parse_recipe(
         _check_required(parser, given)
     for action in parser._actions:
         action.required = False
-    parser.set_defaults(**values)
+    parser.set_defaults(**values | chosen)
     *parsed, unknown = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
     _check_names([flag.lstrip("-") for flag in unknown], argument_classes, "unknown argument")
     data_args = next((each for each in parsed if isinstance(each, DataArguments)), None)
     args = next((each for each in parsed if isinstance(each, VPNsTrainingArguments)), None)
+    if args is not None and args.process_index == 0 and chosen:
+        print(machine.describe(chosen), flush=True)
     if data_args is not None and args is not None:
         apply_task_settings(data_args, args, given)
     return tuple(parsed)
@@ -82,12 +88,12 @@ def _split_config(arguments: list[str], default: Path | None) -> tuple[Path | No
     return known.config, flags
 
 
-def _given_flags(argument_classes: Sequence[type], flags: Sequence[str]) -> set[str]:
-    """Names of the arguments that are on the command line."""
+def _given_flags(argument_classes: Sequence[type], flags: Sequence[str]) -> dict[str, Any]:
+    """Values of the arguments that are on the command line."""
     parser = _Parser(argument_classes, add_help=False, allow_abbrev=False)
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
-    return set(vars(parser.parse_known_args(flags)[0]))
+    return vars(parser.parse_known_args(flags)[0])
 
 
 def _check_required(parser: argparse.ArgumentParser, given: Collection[str]) -> None:

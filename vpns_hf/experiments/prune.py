@@ -6,16 +6,18 @@ import copy
 from collections.abc import Iterable
 from pathlib import Path
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..methods.table import get_method
 from ..training.arguments import VPNsTrainingArguments
+from ..training.clearing import clear_run, size
 from ..training.trainer import VPNsTrainer
 from .arguments import DataArguments, ModelArguments, PruneArguments, Reference
 from .dry_run import PlannedRun, dry_run
 from .experiment import Experiment
 from .parsing import parse_recipe
-from .prune_report import MeasuredModel, PruningReport, measure_model, write_report
+from .prune_report import MeasuredModel, PruningReport, closing_line, measure_model, write_report
 
 
 def main(arguments: Iterable[str] | None = None, default_config: Path | None = None) -> None:
@@ -42,11 +44,24 @@ def main(arguments: Iterable[str] | None = None, default_config: Path | None = N
     trainer.save_model(args.output_dir, _internal_call=True)
     references = _train_references(experiment, prune_args.references, _steps(trainer))
     measured = _measure(experiment, trainer, references)
+    report = PruningReport(experiment, prune_args, trainer, references, measured)
     if trainer.is_world_process_zero():
-        write_report(PruningReport(experiment, prune_args, trainer, references, measured))
+        write_report(report)
     if args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        print(closing_line(report, _checkpoint_bytes(report)), flush=True)
     trainer.end()
+
+
+def _checkpoint_bytes(report: PruningReport) -> int:
+    """Remove the checkpoints of run and references unless they are kept; return their bytes."""
+    if report.prune_args.keep_checkpoints:
+        return sum(size(checkpoint) for checkpoint in report.folder.rglob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    references = [Path(run.args.output_dir) for run in report.references.values()]
+    # The report of a resumed run measures the model of the search again.
+    return clear_run(report.folder, keep=("search",)) + sum(clear_run(folder) for folder in references)
 
 
 def _steps(trainer: VPNsTrainer) -> int:

@@ -21,7 +21,7 @@ from ..report.confusion import MAX_CONFUSION_CLASSES, plot_confusion
 from ..report.density import plot_density
 from ..report.model_card import SubnetworkCard
 from ..report.prompt import plot_prompt
-from ..report.tables import Result, blocks_table, results_markdown, results_table
+from ..report.tables import Result, blocks_table, file_size, results_markdown, results_table
 from ..report.training import plot_training
 from ..saved_folder import writing
 from ..training.trainer import VPNsTrainer
@@ -134,6 +134,24 @@ def _write_files(report: PruningReport) -> None:
     card = _card(report)
     (folder / "card.json").write_text(card.to_json(), encoding="utf-8")
     card.save(folder / "README.md")
+
+
+def closing_line(report: PruningReport, checkpoint_bytes: int) -> str:
+    """Say in one line what is where when a run has ended.
+
+    Args:
+        report: the report of the run.
+        checkpoint_bytes: bytes of the checkpoints, removed or kept.
+    """
+    folder, model = report.folder, report.folder / "model.safetensors"
+    references = " and ".join(str(folder / name) for name in report.references)
+    places = [
+        f"The pruned model ({file_size(model.stat().st_size)}), its card, numbers and figures are in {folder}",
+        *([f"the references are in {references}"] if references else []),
+    ]
+    kept = "are kept" if report.prune_args.keep_checkpoints else "were removed (`--keep_checkpoints true` keeps them)"
+    checkpoints = f"Checkpoints of {file_size(checkpoint_bytes)} {kept}." if checkpoint_bytes else ""
+    return f"{'; '.join(places)}. {checkpoints}".strip()
 
 
 def _metrics(report: PruningReport) -> dict[str, Any]:

@@ -36,7 +36,7 @@ FIELDS = {
     "ignore_modules": NAMES,
     "head_parameters": NAMES,
     "new_head": FLAG,
-    "prompt": optional(one_of(tuple(PROMPTS))),
+    "prompt": optional(one_of(PROMPTS)),
     # Each prompt has limits of its own, which depend on the image.
     "prompt_size": Check(f"a whole number up to {_MAX_SIDE}", lambda value: is_count(value, -_MAX_SIDE, _MAX_SIDE)),
     "prompt_inner_size": optional(_SIDES),
@@ -54,7 +54,7 @@ FIELDS = {
         )
     ),
     "use_prompt": FLAG,
-    "label_mapping": optional(one_of(tuple(LABEL_MAPPINGS))),
+    "label_mapping": optional(one_of(LABEL_MAPPINGS)),
     "label_mapping_state": one_of(LABEL_MAPPING_STATES),
     "mapped_labels": optional(
         Check(

@@ -24,7 +24,7 @@ def percent(fraction: float | None) -> str:
     return ">99.99%" if 0.99995 <= fraction < 1 else f"{fraction:.2%}"
 
 
-def _file_size(size: int | None) -> str:
+def file_size(size: int | None) -> str:
     """Format bytes in decimal units, as the Hub shows them."""
     if size is None:
         return MISSING
@@ -79,7 +79,7 @@ def _result_rows(results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
             percent(result.accuracy_prompted),
             f"{result.accuracy / dense:.2%}" if dense else MISSING,
             f"{result.steps:,}",
-            _file_size(result.file_bytes),
+            file_size(result.file_bytes),
         )
 
 

@@ -56,6 +56,7 @@ class StagePlan:
     Args:
         stage: the stage of the method.
         index: position in the run, from 0.
+        count: number of stages of the run.
         sparsity: sparsity at the end of the stage, a fraction.
         scope: scope in which masks are selected.
         batches: kind of the batches, as in [`Stage`], with `"default"` resolved.
@@ -65,6 +66,7 @@ class StagePlan:
 
     stage: Stage
     index: int
+    count: int
     sparsity: float
     scope: str
     batches: str
@@ -75,6 +77,11 @@ class StagePlan:
     def name(self) -> str:
         """Name of the stage."""
         return self.stage.name
+
+    @property
+    def place(self) -> str:
+        """Name of the stage and its position in the run, for people."""
+        return f"[stage {self.index + 1} of {self.count}] {self.name}"
 
     @property
     def folder(self) -> Path:
@@ -156,6 +163,7 @@ def _plan(
     return StagePlan(
         stage=stage,
         index=index,
+        count=len(stages),
         sparsity=sparsity if stage.sparsity is None else stage.sparsity,
         scope=stage.masks.scope or scope,
         batches=batches,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME
 
 from ..locks import lock
 from ..saved_folder import UNFINISHED, finish_replacing, remove, writing
@@ -133,10 +134,10 @@ class RunRecord:
             ) from error
 
     @classmethod
-    def last_finished_folder(cls, folder: Path) -> Path | None:
-        """Return the folder of the last finished stage of a run; None where there is none."""
+    def last_model(cls, folder: Path) -> Path | None:
+        """Return the folder of the model that the last finished stage of a run left; None where none has ended."""
         record = cls.load(folder, {})
-        return record.finished_folder(record.finished[-1].name) if record.finished else None
+        return record.model_folder(record.finished[-1].name) if record.finished else None
 
     @property
     def steps(self) -> int:
@@ -189,6 +190,23 @@ class RunRecord:
         if name not in names:
             raise ValueError(f"No stage {name!r} has ended in {self.folder}; finished: {', '.join(names) or 'none'}.")
         return stage_folder(self.folder, names.index(name), name)
+
+    def model_folder(self, name: str) -> Path:
+        """Return the folder of the model that a finished stage left.
+
+        That of the last stage is the folder of the run itself once `clear_run` has removed the copy.
+
+        Raises:
+            ValueError: no stage of that name has ended, or its model was removed.
+        """
+        folder = self.finished_folder(name) / MODEL_FOLDER
+        if folder.is_dir():
+            return folder
+        if name == self.finished[-1].name and (self.folder / CONFIG_NAME).is_file():
+            return self.folder
+        raise ValueError(
+            f"The model of the stage {name!r} is not in {folder} any more; `--keep_checkpoints true` keeps it."
+        )
 
     def find_checkpoint(self, names: Sequence[str], resume_from_checkpoint: str | bool | None) -> Path | None:
         """Find the checkpoint to resume from, and drop later stages from the record.

@@ -18,7 +18,7 @@ from ..model.configuration import PromptedSparseConfig
 from ..model.modeling import PromptedSparseModel
 from .arguments import SELF, VPNsTrainingArguments
 from .checks import check_teacher
-from .run_record import MODEL_FOLDER, RunRecord
+from .run_record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def load_teacher(name: str, student: PromptedSparseModel) -> PromptedSparseModel
         ValueError: it takes other images or has other classes than the student.
         OSError: there is no such model.
     """
-    last = RunRecord.last_finished_folder(Path(name))
-    source = name if last is None else str(last / MODEL_FOLDER)
+    last = RunRecord.last_model(Path(name))
+    source = name if last is None else str(last)
     if _is_prompted_sparse(source):
         teacher: PromptedSparseModel = PromptedSparseModel.from_pretrained(source)
     else:

@@ -36,10 +36,11 @@ from .interruption import StopSignals
 from .label_mapper import LabelMapper
 from .losses import scoring_loss
 from .plan import StagePlan, StageSettings, plan_stages
+from .progress import replace_progress
 from .publishing import Publisher
 from .reporting import numbers
 from .restoring import replace_model, save_first_state, save_stage
-from .run_record import FIRST_STATE_NAME, MODEL_FOLDER, FinishedStage, RunRecord, only_run
+from .run_record import FIRST_STATE_NAME, FinishedStage, RunRecord, only_run
 from .run_settings import run_settings
 from .score_rates import settle_score_rate
 from .stage_trainer import StageTrainer
@@ -116,6 +117,7 @@ class VPNsTrainer(StageTrainer):
             ],
             **kwargs,
         )
+        replace_progress(self, lambda: self.plan.place)
         self.plan = self.plan_stages()[0]
         self._settings = run_settings(args, model, self.sparsity, self.scope, self.prompted_train_dataset)
         check_processes(self, self.stages)
@@ -155,7 +157,7 @@ class VPNsTrainer(StageTrainer):
         if len(record.finished) == len(plans):
             logger.warning("Every stage of the run in %s has ended, so nothing is trained.", record.folder)
         if record.finished:
-            replace_model(self.model, record.finished_folder(record.finished[-1].name) / MODEL_FOLDER)
+            replace_model(self.model, record.model_folder(record.finished[-1].name))
         check_training(plans[len(record.finished) :], self.model, self.args, self.train_dataset)
         if self.args.should_save:
             record.save()
@@ -205,8 +207,7 @@ class VPNsTrainer(StageTrainer):
                 record.save()
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                place = f"[stage {plan.index + 1} of {len(self.stages)}] {plan.name}"
-                print(f"{place}: {record.finished[-1].summary(1 - self.model.sparsity)}", flush=True)
+                print(f"{plan.place}: {record.finished[-1].summary(1 - self.model.sparsity)}", flush=True)
             if self._checkpoint_control.was_asked_to_stop():
                 self._checkpoint_control.leave(f"after the stage {plan.name}")
         return output
@@ -299,10 +300,9 @@ class VPNsTrainer(StageTrainer):
         """Load the model of a finished stage.
 
         Raises:
-            ValueError: no stage of that name has ended.
+            ValueError: no stage of that name has ended, or its model was removed at the end of the run.
         """
-        folder = self._record().finished_folder(name) / MODEL_FOLDER
-        return PromptedSparseModel.from_pretrained(folder).to(self.args.device)
+        return PromptedSparseModel.from_pretrained(self._record().model_folder(name)).to(self.args.device)
 
     def logs(self) -> dict[str, list[dict[str, float]]]:
         """Return the log of every finished stage, by stage name."""
