@@ -17,13 +17,13 @@ def build(method, family="vit", **kwargs):
     return fresh(family, **{"sparsity": SPARSITY, "scope": "global"} | labels | backbone | kwargs)
 
 
-def run(folder, method, model=None, **kwargs):
+def run(folder, method, model=None, resume=None, **kwargs):
     model = model or build(method)
     classes = model.config.num_labels
     data = {"train_dataset": Images(classes=classes), "prompted_train_dataset": Images(classes=classes, augment=False)}
     settings = {"total_max_steps": 12, "head_warm_up_epochs": 0.5, "calibration_images_per_class": 2}
     trainer = make_trainer(folder, model, method=method, **data | settings | kwargs)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 

@@ -101,7 +101,7 @@ def test_resume_equals_the_uninterrupted_run(method, stage, pattern, tmp_path):
 def test_a_run_does_not_resume_in_another_pattern(tmp_path):
     run(tmp_path, "omp", patterned("omp", "block:8"))
     with pytest.raises(ValueError, match="pattern 'block:8' instead of 'block:4'"):
-        run(tmp_path, "omp", patterned("omp", "block:4"))
+        run(tmp_path, "omp", patterned("omp", "block:4"), resume=True)
 
 
 @pytest.mark.parametrize("mapping", ["frequency", "iterative"])

@@ -27,6 +27,7 @@ WRONG = {
     "state": ["sparse", None, 1, ["frozen"], ""],
     "sparsity": [1.0, -0.1, 1.5, NAN, INF, "0.9", True, None, [0.9]],
     "scope": ["rows", None, "Global", ["global"]],
+    "pattern": ["5:4", "block:1", "blocks", "2:4 ", None, 24, ["2:4"]],
     "signed_scores": ["no", 0, None],
     "ignore_modules": ["head", [1], [""], None, ["x" * 501], {"a": 1}, ["a"] * 10_001],
     "head_parameters": ["classifier.weight", [None], 3],
