@@ -35,7 +35,7 @@ from vpns_hf.cli import main
 
 PACKAGE = str(Path(vpns_hf.__file__).parent)
 # Seconds of the processor, and seconds by the clock, which other programs share.
-SECONDS, HANGING, MEMORY, ADDRESSES = 20, 200, 2**28, 2**34
+SECONDS, HANGING, MEMORY, ADDRESSES = 20, 1200, 2**28, 2**34
 RECIPE = "# packages:\n#   torch: 2.9.0\nmethod: vpns\nseed: 7\ndataset_name: me/days\nmodel_name_or_path: me/vit\n"
 CARD = "---\nlibrary_name: vpns_hf\nlicense: mit\nbase_model: me/vit\ndatasets:\n- me/days\n---\n# Days\n"
 SEEDS: dict[str, tuple[str, dict, dict]] = {
