@@ -2,7 +2,7 @@
 
 from .fast_model import FastModel, build_fast_model
 from .kernels import KERNELS
-from .measuring import Measure, median_milliseconds
+from .measuring import Measure, Spread, median_milliseconds, processor_name, ratios, resident_bytes, time_in_turns
 from .report import InferenceReport, LayerChoice
 
 __all__ = [
@@ -11,6 +11,11 @@ __all__ = [
     "InferenceReport",
     "LayerChoice",
     "Measure",
+    "Spread",
     "build_fast_model",
     "median_milliseconds",
+    "processor_name",
+    "ratios",
+    "resident_bytes",
+    "time_in_turns",
 ]
