@@ -41,6 +41,7 @@ from .version import __version__
 
 CARD_NAME = "README.md"
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+LATENCY_REPORT, LATENCY_FIGURE = "latency.json", "figures/latency.png"
 PUBLISHED_FILES = (
     CARD_NAME,
     "config.json",
@@ -48,6 +49,7 @@ PUBLISHED_FILES = (
     "preprocessor_config.json",
     "recipe.yaml",
     "sparsity_report.json",
+    LATENCY_REPORT,
     "figures/*.png",
 )
 TAGS = ("vpns_hf", "pruning", "sparsity", "visual-prompting", "image-classification")

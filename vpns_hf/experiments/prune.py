@@ -15,7 +15,8 @@ from .arguments import DataArguments, ModelArguments, PruneArguments, Reference
 from .dry_run import PlannedRun, dry_run
 from .experiment import Experiment
 from .parsing import parse_recipe
-from .prune_report import MeasuredModel, PruningReport, measure_model, write_report
+from .prune_report import MeasuredModel, PruningReport, measure_model, row_name, with_milliseconds, write_report
+from .speed import DENSE, measure_milliseconds
 
 
 def main(arguments: Iterable[str] | None = None, default_config: Path | None = None) -> None:
@@ -43,7 +44,9 @@ def main(arguments: Iterable[str] | None = None, default_config: Path | None = N
     references = _train_references(experiment, prune_args.references, _steps(trainer))
     measured = _measure(experiment, trainer, references)
     if trainer.is_world_process_zero():
-        write_report(PruningReport(experiment, prune_args, trainer, references, measured))
+        milliseconds = _time(trainer, references)
+        measured = [with_milliseconds(each, milliseconds) for each in measured]
+        write_report(PruningReport(experiment, prune_args, trainer, references, measured, milliseconds.get(DENSE)))
     if args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
@@ -87,3 +90,9 @@ def _measure(experiment: Experiment, trainer: VPNsTrainer, references: dict[str,
         rows.append(("before tuning", searched))
     rows.append(("after tuning", trainer))
     return [measure_model(name, run, experiment.eval_split("test")) for name, run in rows]
+
+
+def _time(trainer: VPNsTrainer, references: dict[str, VPNsTrainer]) -> dict[str, float]:
+    """Time one image in the model and in each pruned reference, by the names of their rows."""
+    runs = [run for run in (*references.values(), trainer) if run.model.sparsity > 0]
+    return measure_milliseconds(trainer.model, {row_name(run, "after tuning"): run.model for run in runs})
