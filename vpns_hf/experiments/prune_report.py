@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import yaml
@@ -26,7 +26,7 @@ from ..report.training import plot_training
 from ..training.trainer import VPNsTrainer
 from .arguments import PruneArguments
 from .experiment import Experiment
-from .speed import DENSE, smaller_and_faster
+from .speed import smaller_and_faster
 
 PACKAGES = ("vpns-hf", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm")
 # The figures of the card, by the names of their files.
@@ -53,6 +53,10 @@ class MeasuredModel:
     labels: np.ndarray
     predicted: np.ndarray
 
+    def at_speed(self, milliseconds: float | None) -> Self:
+        """Add the time of one image to the row."""
+        return replace(self, result=replace(self.result, milliseconds=milliseconds))
+
 
 def measure_model(name: str, run: VPNsTrainer, test: SplitView) -> MeasuredModel:
     """Evaluate a model on the test split, without and with its prompt.
@@ -67,7 +71,7 @@ def measure_model(name: str, run: VPNsTrainer, test: SplitView) -> MeasuredModel
     is_tuned = name == "after tuning"
     stages = run.finished_stages if is_tuned else run.finished_stages[:-1]
     result = Result(
-        name=row_name(run, name),
+        name=f"{run.args.method} {name}",
         sparsity=run.model.sparsity,
         accuracy=metrics["accuracy"],
         accuracy_prompted=metrics.get("accuracy_prompted"),
@@ -76,23 +80,6 @@ def measure_model(name: str, run: VPNsTrainer, test: SplitView) -> MeasuredModel
     )
     reported = {key: value for key, value in metrics.items() if key.removesuffix("_prompted") in METRICS}
     return MeasuredModel(result, reported, output.label_ids, predicted_classes(output.predictions))
-
-
-def row_name(run: VPNsTrainer, name: str) -> str:
-    """Name a row of the table: the method, and `"before tuning"` or `"after tuning"`."""
-    return f"{run.args.method} {name}"
-
-
-def with_milliseconds(measured: MeasuredModel, milliseconds: Mapping[str, float]) -> MeasuredModel:
-    """Add the time of one image to a row; that of a dense model is the time of dense kernels.
-
-    Args:
-        measured: the row.
-        milliseconds: times by the name of the row, as of [`measure_milliseconds`].
-    """
-    result = measured.result
-    time = milliseconds.get(DENSE if result.sparsity == 0 else result.name)
-    return replace(measured, result=replace(result, milliseconds=time))
 
 
 @dataclass(frozen=True)
@@ -143,7 +130,8 @@ def write_report(report: PruningReport) -> None:
     (folder / "card.json").write_text(card.to_json(), encoding="utf-8")
     card.save(folder / "README.md")
     console.print(f"The pruned model, its numbers and figures are in {folder}.")
-    console.print(smaller_and_faster(results[-1], sparsity.dense_bytes, report.dense_milliseconds))
+    if results[-1].sparsity > 0:
+        console.print(smaller_and_faster(results[-1], sparsity.dense_bytes, report.dense_milliseconds))
 
 
 def _metrics(report: PruningReport) -> dict[str, Any]:

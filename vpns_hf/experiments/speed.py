@@ -21,40 +21,42 @@ DENSE = "dense"
 _LONGEST, _CALLS = 10.0, 30
 
 
-def measure_milliseconds(model: PromptedSparseModel, others: Mapping[str, PromptedSparseModel]) -> dict[str, float]:
-    """Time one image in pruned models, each on the fastest kernels, and in dense kernels, in turns.
+def measure_milliseconds(models: Mapping[str, PromptedSparseModel]) -> dict[str, float]:
+    """Time one image in pruned models of one architecture, each on the fastest kernels, and in dense kernels.
+
+    They take turns, with the threads that torch uses. Dense kernels take the same time for dense and pruned weights.
 
     Args:
-        model: pruned model, which is also timed in dense kernels: they take as long for the dense model.
-        others: pruned models by name, `model` among them.
+        models: pruned models by name; the last one is also timed in dense kernels.
 
     Returns:
-        Median milliseconds by name, and that of dense kernels as `"dense"`, with the threads that torch uses; empty
-        where there is nothing to measure: without frozen masks, on a GPU, for a model that takes seconds an image, or
-        where measuring fails, which a warning says.
+        Median milliseconds by name, and that of dense kernels as `"dense"`; empty where there is nothing to measure:
+        without frozen masks, on a GPU, for a model that takes most of a second, or where measuring fails, which a
+        warning says.
     """
-    if any(each.config.state != "frozen" or each.device.type != "cpu" for each in others.values()):
+    if not models or any(each.config.state != "frozen" or each.device.type != "cpu" for each in models.values()):
         return {}
     try:
-        return _measure(model, others)
+        return _measure(models)
     except Exception as error:
         # The run is done; its report does not depend on this.
         logger.warning("The speed of the model was not measured: %s", error)
         return {}
 
 
-@torch.inference_mode()
-def _measure(model: PromptedSparseModel, others: Mapping[str, PromptedSparseModel]) -> dict[str, float]:
+@torch.no_grad()
+def _measure(models: Mapping[str, PromptedSparseModel]) -> dict[str, float]:
+    *_, model = models.values()
     example, training = sample_images(model.config, count=1), model.training
     model.eval()
     try:
         model(example)
         start = time.perf_counter()
         model(example)
-        if (time.perf_counter() - start) * _CALLS * (1 + len(others)) > _LONGEST:
+        if (time.perf_counter() - start) * _CALLS * len(models) > _LONGEST:
             return {}
         quick = functools.partial(median_milliseconds, rounds=3)
-        fast = {name: other.for_inference(example, measure=quick) for name, other in others.items()}
+        fast = {name: each.for_inference(example, measure=quick) for name, each in models.items()}
         actions = {name: functools.partial(each, example) for name, each in {DENSE: model, **fast}.items()}
         return median_milliseconds(actions)
     finally:

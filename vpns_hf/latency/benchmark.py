@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import tempfile
 from collections import Counter
@@ -208,7 +209,7 @@ class _Turns:
         right, total = Counter[str](), 0
         for batch in images.batches:
             pixels, labels = batch["pixel_values"].numpy(), batch["labels"].numpy()
-            found = self._of_each(lambda process, pixels=pixels: process.logits(pixels))
+            found = self._of_each(functools.partial(RuntimeProcess.logits, images=pixels))
             right.update({name: int((logits.argmax(-1) == labels).sum()) for name, logits in found.items()})
             total += len(labels)
         return {name: right[name] / total for name in self.processes}
@@ -216,7 +217,9 @@ class _Turns:
     def _refuse_other_logits(self, logits: Mapping[str, Images]) -> None:
         """Leave out runtimes that do not compute the same as torch; int8 never does."""
         expected = logits.get(REFERENCE)
-        for name in [] if expected is None else [name for name in logits if name != INT8]:
+        if expected is None:
+            return
+        for name in [name for name in logits if name != INT8]:
             difference = float(np.abs(logits[name] - expected).max())
             if not difference <= _TOLERANCE * max(1.0, float(np.abs(expected).max())):
                 self._leave_out(name, f"its logits differ from those of torch by {difference:.2g}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class RuntimeFailure(Exception):
     """A runtime cannot run a model; the message is the reason."""
 
 
-def _context() -> BaseContext:
+def _context() -> ForkServerContext | SpawnContext:
     """Processes that share no memory with this one; on Linux they come from one that has imported the package."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
@@ -131,7 +131,12 @@ class _Server:
 def _serve(connection: Connection, runtime: str, source: Path, threads: int) -> None:
     logging.disable_progress_bar()
     server = _Server(runtime, source, threads)
-    answers = {"load": server.load, "time": server.time, "logits": server.logits, "memory": server.memory}
+    answers: dict[str, Callable[[Any], Any]] = {
+        "load": server.load,
+        "time": server.time,
+        "logits": server.logits,
+        "memory": server.memory,
+    }
     while True:
         try:
             request, argument = connection.recv()
