@@ -2,60 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from transformers.utils import logging
 
+from vpns_hf.inference import measuring
 from vpns_hf.report.tables import markdown_table
 
 logging.disable_progress_bar()
 
 
-def time_in_turns(
-    actions: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
-    """Seconds of each of `repeats` calls of every action, taken in turns after one call each that does not count.
-
-    A machine that slows down for a while then slows down all of them.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in actions}
-    for repeat in range(repeats + 1):
-        for name, action in actions.items():
-            gc.collect()
-            start = clock()
-            result = action()
-            elapsed = clock() - start
-            # Freed before the next one starts, outside of the time.
-            del result
-            if repeat:
-                samples[name].append(elapsed)
-    return samples
+# A step of training leaves cycles that hold its graph.
+time_in_turns = functools.partial(measuring.time_in_turns, warm_up=1, between=gc.collect)
 
 
 def machine() -> str:
     """Processor, threads and versions, and how busy the machine is with other work."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
     return (
-        f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}; load average {os.getloadavg()[0]:.1f}"
+        f"{measuring.processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}; load average {os.getloadavg()[0]:.1f}"
     )
 
 
 def ratio_cells(seconds: Sequence[float], reference: Sequence[float]) -> tuple[str, str]:
     """Median of the ratios of each round, and their smallest and largest."""
-    ratios = [one / other for one, other in zip(seconds, reference, strict=True)]
+    ratios = measuring.ratios(seconds, reference)
     return f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f} to {max(ratios):.3f}"
 
 

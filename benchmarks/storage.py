@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-import re
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
 from vpns_hf import PromptedSparseModel, masking, storage
+from vpns_hf.inference import resident_bytes
 
 SPARSITIES = (0.5, 0.7, 0.9, 0.95, 0.99)
 
@@ -180,15 +180,9 @@ def peak(action: Callable[[], object]) -> int:
     """Bytes by which resident memory rises at most during a call."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    before = resident_bytes("VmRSS") or 0
     action()
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
+    return (resident_bytes("VmHWM") or 0) - before
 
 
 if __name__ == "__main__":

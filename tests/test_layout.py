@@ -17,6 +17,7 @@ FLOORS = (
     "training",
     "methods",
     "scores",
+    "latency",
     "export",
     "model",
     "inference",

@@ -42,6 +42,7 @@ from .version import __version__
 
 CARD_NAME = "README.md"
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+LATENCY_REPORT, LATENCY_FIGURE = "latency.json", "figures/latency.png"
 PUBLISHED_FILES = (
     CARD_NAME,
     "config.json",
@@ -49,6 +50,7 @@ PUBLISHED_FILES = (
     "preprocessor_config.json",
     "recipe.yaml",
     "sparsity_report.json",
+    LATENCY_REPORT,
     "figures/*.png",
 )
 TAGS = ("vpns_hf", "pruning", "sparsity", "visual-prompting", "image-classification")

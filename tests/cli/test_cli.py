@@ -98,7 +98,7 @@ def test_it_runs_as_a_program(folder):
     assert json.loads(run.stdout)["state"] == "frozen"
 
 
-@pytest.mark.parametrize("command", ["inspect", "export", "push", "evaluate"])
+@pytest.mark.parametrize("command", ["inspect", "export", "push", "evaluate", "benchmark"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -123,6 +123,9 @@ def test_help_teaches(command, capsys):
         ["evaluate", "a"],
         ["evaluate", "a", "--dataset_name", "b", "--split", "dev"],
         ["evaluate", "a", "--dataset_name", "b", "--batch_size", "0"],
+        ["benchmark"],
+        ["benchmark", "a", "--batch", "0"],
+        ["benchmark", "a", "--runtimes", "deepsparse"],
     ],
 )
 def test_wrong_usage_ends_with_2(arguments, capsys):

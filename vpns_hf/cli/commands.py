@@ -7,11 +7,12 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 
 from ..hub import PUBLISHED_FILES, clear_errors, push_folder
+from ..model.configuration import PromptedSparseConfig
 from ..model.modeling import PromptedSparseModel
 from .inspection import inspect_folder
 
@@ -19,6 +20,11 @@ from .inspection import inspect_folder
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import BaseImageProcessor
+
+    from ..latency.benchmark import LabelledImages
+    from ..latency.measured import LatencyReport
+
+CALIBRATION_IMAGES = 64
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -90,13 +96,96 @@ def evaluate(args: argparse.Namespace) -> None:
     `accelerate launch -m vpns_hf.cli evaluate ...`. A data set without splits is used whole; of one with some splits,
     the missing ones are carved from the training split, the same images every time.
     """
-    from ..data.loading import load_evaluation_split
-
     folder = _folder(args)
     model = PromptedSparseModel.from_pretrained(folder)
+    images = _evaluation_images(args, model.config, args.split)
+    accuracies = _accuracies(model, model.image_processor, images, args.batch_size)
+    if accuracies is None:
+        return
+    if args.json:
+        facts = {"dataset": str(args.dataset_name), "split": args.split, "images": len(images), **accuracies}
+        print(json.dumps(facts, indent=2))
+        return
+    from .display import show_accuracies
+
+    show_accuracies(f"{args.dataset_name}, {args.split}", len(images), accuracies.values())
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Measure how fast a subnetwork is on this machine's CPU, in several runtimes.
+
+    Runtimes are processes of their own that take turns: torch with dense kernels, which take the same time for dense
+    and for pruned weights, sparse (`model.for_inference`), ONNX Runtime in float32 and int8, and OpenVINO. Those that
+    are not installed are named and left out; `pip install "vpns-hf[benchmark]"` installs all. Close other programs
+    first.
+
+    With a data set the accuracy is measured in every runtime, and int8 is calibrated on training images. With --save
+    the result is written beside the model as latency.json and figures/latency.png and into its model card, which a
+    push publishes.
+    """
+    if args.save and not Path(args.model).is_dir():
+        raise ValueError(
+            f"`--save` writes beside the model, and {args.model} is no local folder; download it first, with "
+            f"`hf download {args.model} --local-dir DIR`."
+        )
+    from ..latency.benchmark import benchmark as measure
+    from ..report.latency_saving import save_latency
+
+    folder = _folder(args)
+    report = measure(folder, args.runtimes, args.batch, args.threads, args.rounds, _labelled_images(args, folder))
+    if args.dataset_name is None:
+        report = _with_known_accuracy(report, folder)
+    if args.save:
+        save_latency(report, folder)
+    if args.json:
+        print(report.to_json(), end="")
+        return
+    from .display import show_latency
+
+    show_latency(report)
+
+
+def _labelled_images(args: argparse.Namespace, folder: Path) -> LabelledImages | None:
+    """Load the images to measure accuracy on, and those to calibrate int8 with; None without a data set."""
+    if args.dataset_name is None:
+        return None
+    from torch.utils.data import DataLoader
+
+    from ..data import ImageTransforms, collate_images, matching_image_processor
+    from ..latency.benchmark import LabelledImages
+
+    config = PromptedSparseConfig.from_pretrained(folder)
+    processor = matching_image_processor(_image_processor(folder), *config.geometry)
+    transforms = ImageTransforms(processor, *config.geometry)
+
+    def batches(images: Dataset) -> DataLoader[Any]:
+        return DataLoader(images.with_transform(transforms.eval), batch_size=64, collate_fn=collate_images)
+
+    images = _evaluation_images(args, config, args.split)
+    others = _evaluation_images(args, config, "validation" if args.split == "train" else "train")
+    chosen = others.shuffle(seed=0).select(range(min(CALIBRATION_IMAGES, len(others))))
+    name = f"{args.dataset_name}, {args.split} split, {len(images):,} images"
+    return LabelledImages(name, batches(images), batches(chosen))
+
+
+def _with_known_accuracy(report: LatencyReport, folder: Path) -> LatencyReport:
+    """Add the accuracy that the model card states, and with the facts of the card that of the dense model."""
+    from ..report.latency_saving import dense_accuracy
+
+    results = inspect_folder(folder).provenance.get("results", {})
+    for data, accuracy in results.items():
+        if isinstance(accuracy, float) and 0 <= accuracy <= 1:
+            return report.with_accuracy(accuracy, f"{data}, as the model card says", dense_accuracy(folder))
+    return report
+
+
+def _evaluation_images(args: argparse.Namespace, config: PromptedSparseConfig, split: str) -> Dataset:
+    """Load a split of the data set that the arguments name, with classes numbered as the model numbers them."""
+    from ..data.loading import load_evaluation_split
+
     images = load_evaluation_split(
         args.dataset_name,
-        args.split,
+        split,
         name=args.dataset_config_name,
         revision=args.dataset_revision,
         image_column=args.image_column_name,
@@ -108,17 +197,7 @@ def evaluate(args: argparse.Namespace) -> None:
         seed=args.split_seed,
         token=args.token,
     )
-    images = _with_labels_of(model, images)
-    accuracies = _accuracies(model, model.image_processor, images, args.batch_size)
-    if accuracies is None:
-        return
-    if args.json:
-        facts = {"dataset": str(args.dataset_name), "split": args.split, "images": len(images), **accuracies}
-        print(json.dumps(facts, indent=2))
-        return
-    from .display import show_accuracies
-
-    show_accuracies(f"{args.dataset_name}, {args.split}", len(images), accuracies.values())
+    return _with_labels_of(config, images)
 
 
 def _accuracies(
@@ -168,11 +247,17 @@ def _folder(args: argparse.Namespace) -> Path:
         )
 
 
-def _with_labels_of(model: PromptedSparseModel, images: Dataset) -> Dataset:
+def _image_processor(folder: Path) -> BaseImageProcessor | None:
+    from ..model.loading import load_image_processor
+
+    return load_image_processor(str(folder), {})
+
+
+def _with_labels_of(config: PromptedSparseConfig, images: Dataset) -> Dataset:
     """Return the images with classes numbered as the model numbers them, where both name the same classes."""
     from ..data.columns import align_labels
 
-    names, own = images.features["label"].names, list(model.config.id2label.values())
+    names, own = images.features["label"].names, list(config.id2label.values())
     if set(names) <= set(own):
         return align_labels(images, own)
     if len(names) != len(own):
@@ -182,7 +267,7 @@ def _with_labels_of(model: PromptedSparseModel, images: Dataset) -> Dataset:
         )
     if own != [f"LABEL_{index}" for index in range(len(own))]:
         print(
-            f"vpns-hf evaluate: the model's classes ({own[0]}, ...) have other names than those of the data set "
+            f"vpns-hf: the model's classes ({own[0]}, ...) have other names than those of the data set "
             f"({names[0]}, ...); they are matched by number.",
             file=sys.stderr,
         )

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..latency import LatencyReport
+from ..report.latency import latency_notes, latency_table
 from ..report.tables import TerminalTable, percent
 from ..saved_files import printable
 from .inspection import StoredSubnetwork
@@ -34,6 +36,14 @@ def show_accuracies(data: str, images: int, accuracies: Iterable[float | None]) 
     """Print one row: the data, the number of images, and the accuracies without and with the prompt."""
     row = (data, f"{images:,}", *map(percent, accuracies))
     Console().print(TerminalTable(("data", "images", "accuracy", "accuracy with prompt"), _printable([row])))
+
+
+def show_latency(report: LatencyReport) -> None:
+    """Print the table of times, and below it where the model is not faster and what was left out."""
+    console = Console()
+    console.print(latency_table(report))
+    for note in latency_notes(report):
+        console.print(escape(printable(note, 2000)))
 
 
 def _facts(found: StoredSubnetwork) -> dict[str, Any]:

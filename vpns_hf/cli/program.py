@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,9 +12,10 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..latency.runtimes import RUNTIMES
 from ..values import BETWEEN_0_AND_1, SEED, Check, count
 from ..version import __version__
-from .commands import evaluate, export, inspect, push
+from .commands import benchmark, evaluate, export, inspect, push
 from .errors import exit_in_one_sentence
 
 # Programs with the arguments of a recipe, each `main` of a module of `vpns_hf.experiments`, by their summary.
@@ -101,26 +103,37 @@ def _parser() -> argparse.ArgumentParser:
         "vpns-hf evaluate vpns-demo --dataset_name ./my_images --split validation",
     )
     _add_model(command)
-    command.add_argument(
-        "--dataset_name", required=True, help="a task such as cifar100, an id on the Hub, or a local folder"
-    )
-    command.add_argument("--dataset_config_name", help="configuration of the data set, where it has several")
-    command.add_argument("--dataset_revision", help="commit, tag or branch of the data set")
-    command.add_argument("--image_column_name", help="column of the images (default: found)")
-    command.add_argument("--label_column_name", help="column of the classes (default: found)")
-    for split in ("train", "validation", "test"):
-        command.add_argument(f"--{split}_split", help=f"what the data set calls its {split} split (default: {split})")
-    command.add_argument(
-        "--validation_fraction",
-        type=_number(float, BETWEEN_0_AND_1),
-        default=0.1,
-        help="share of train that a carved split takes",
-    )
-    command.add_argument("--split_seed", type=_number(int, SEED), default=42, help="seed of that carving")
-    command.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    _add_data(command, required=True)
     command.add_argument(
         "--batch_size", type=_number(int, count()), default=64, help="images a device takes at a time"
     )
+    command.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
+
+    command = _add(
+        commands,
+        benchmark,
+        "vpns-hf benchmark vpns-demo --batch 1 8 --threads 1 2",
+        "vpns-hf benchmark vpns-demo --dataset_name cifar100 --save",
+    )
+    _add_model(command)
+    _add_data(command, required=False)
+    command.add_argument(
+        "--batch", nargs="+", type=_number(int, count()), default=[1, 8], help="images at a time (default: 1 8)"
+    )
+    command.add_argument(
+        "--threads",
+        nargs="+",
+        type=_number(int, count()),
+        default=sorted({1, min(2, os.cpu_count() or 1)}),
+        help="threads to compute with (default: 1 and 2)",
+    )
+    command.add_argument(
+        "--runtimes", nargs="+", choices=tuple(RUNTIMES), default=tuple(RUNTIMES), help="runtimes (default: all)"
+    )
+    command.add_argument(
+        "--rounds", type=_number(int, count()), default=15, help="turns of each runtime (default: 15)"
+    )
+    command.add_argument("--save", action="store_true", help="write latency.json, a figure and the card's section")
     command.add_argument("--json", action="store_true", help="print a JSON object instead of a table")
     return parser
 
@@ -144,6 +157,26 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="REPO_OR_DIR", help="id on the Hub, or local folder")
     command.add_argument("--revision", help="branch, tag or commit on the Hub")
     command.add_argument("--token", help="Hub token (default: the one of `hf auth login`)")
+
+
+def _add_data(command: argparse.ArgumentParser, required: bool) -> None:
+    command.add_argument(
+        "--dataset_name", required=required, help="a task such as cifar100, an id on the Hub, or a local folder"
+    )
+    command.add_argument("--dataset_config_name", help="configuration of the data set, where it has several")
+    command.add_argument("--dataset_revision", help="commit, tag or branch of the data set")
+    command.add_argument("--image_column_name", help="column of the images (default: found)")
+    command.add_argument("--label_column_name", help="column of the classes (default: found)")
+    for split in ("train", "validation", "test"):
+        command.add_argument(f"--{split}_split", help=f"what the data set calls its {split} split (default: {split})")
+    command.add_argument(
+        "--validation_fraction",
+        type=_number(float, BETWEEN_0_AND_1),
+        default=0.1,
+        help="share of train that a carved split takes",
+    )
+    command.add_argument("--split_seed", type=_number(int, SEED), default=42, help="seed of that carving")
+    command.add_argument("--split", choices=("train", "validation", "test"), default="test")
 
 
 def _number(kind: type, check: Check) -> Callable[[str], Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -18,6 +19,7 @@ from .dry_run import PlannedRun, dry_run
 from .experiment import Experiment
 from .parsing import parse_recipe
 from .prune_report import MeasuredModel, PruningReport, closing_line, measure_model, write_report
+from .speed import DENSE, measure_milliseconds
 
 
 def main(arguments: Iterable[str] | None = None, default_config: Path | None = None) -> None:
@@ -43,9 +45,12 @@ def main(arguments: Iterable[str] | None = None, default_config: Path | None = N
     # Not pushed by this save: the report and the card follow.
     trainer.save_model(args.output_dir, _internal_call=True)
     references = _train_references(experiment, prune_args.references, _steps(trainer))
-    measured = _measure(experiment, trainer, references)
+    rows = _rows(trainer, references)
+    measured = [measure_model(name, run, experiment.eval_split("test")) for name, run in rows]
     report = PruningReport(experiment, prune_args, trainer, references, measured)
     if trainer.is_world_process_zero():
+        measured, dense = _with_milliseconds(measured, rows)
+        report = replace(report, measured=measured, dense_milliseconds=dense)
         write_report(report)
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -92,13 +97,23 @@ def _reference_arguments(args: VPNsTrainingArguments, name: str, steps: int) -> 
     return own
 
 
-def _measure(experiment: Experiment, trainer: VPNsTrainer, references: dict[str, VPNsTrainer]) -> list[MeasuredModel]:
-    """Evaluate the references, the model as the search left it and the model on the test split, in this order."""
+def _rows(trainer: VPNsTrainer, references: dict[str, VPNsTrainer]) -> list[tuple[str, VPNsTrainer]]:
+    """List the rows of the table: the references, the model as the search left it, and the model."""
     rows = [("after tuning", run) for run in references.values()]
     if any(stage.name == "search" for stage in trainer.finished_stages):
         args = copy.copy(trainer.args)
         args.push_to_hub = False
         searched = VPNsTrainer(model=trainer.load_stage("search"), args=args, eval_dataset=trainer.eval_dataset)
         rows.append(("before tuning", searched))
-    rows.append(("after tuning", trainer))
-    return [measure_model(name, run, experiment.eval_split("test")) for name, run in rows]
+    return [*rows, ("after tuning", trainer)]
+
+
+def _with_milliseconds(
+    measured: Sequence[MeasuredModel], rows: Sequence[tuple[str, VPNsTrainer]]
+) -> tuple[list[MeasuredModel], float | None]:
+    """Add the time of one image to tuned rows; return them, and the time in dense kernels."""
+    pruned = {str(index): run for index, (name, run) in enumerate(rows) if name == "after tuning"}
+    times = measure_milliseconds({index: run.model for index, run in pruned.items() if run.model.sparsity > 0})
+    keys = [DENSE if each.result.sparsity == 0 else str(index) for index, each in enumerate(measured)]
+    timed = [each.at_speed(times.get(key)) for each, key in zip(measured, keys, strict=True)]
+    return timed, times.get(DENSE)

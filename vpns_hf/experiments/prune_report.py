@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import yaml
@@ -27,6 +27,7 @@ from ..saved_folder import writing
 from ..training.trainer import VPNsTrainer
 from .arguments import PruneArguments
 from .experiment import Experiment
+from .speed import smaller_and_faster
 
 PACKAGES = ("vpns-hf", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm")
 # The figures of the card, by the names of their files.
@@ -52,6 +53,10 @@ class MeasuredModel:
     metrics: dict[str, float]
     labels: np.ndarray
     predicted: np.ndarray
+
+    def at_speed(self, milliseconds: float | None) -> Self:
+        """Add the time of one image to the row."""
+        return replace(self, result=replace(self.result, milliseconds=milliseconds))
 
 
 def measure_model(name: str, run: VPNsTrainer, test: SplitView) -> MeasuredModel:
@@ -88,6 +93,7 @@ class PruningReport:
         trainer: trainer of the run.
         references: trainers of the references by method.
         measured: rows of the table; the last one is the pruned model.
+        dense_milliseconds: time of one image in dense kernels; None if it was not measured.
     """
 
     experiment: Experiment
@@ -95,6 +101,7 @@ class PruningReport:
     trainer: VPNsTrainer
     references: Mapping[str, VPNsTrainer]
     measured: Sequence[MeasuredModel]
+    dense_milliseconds: float | None = None
 
     @property
     def folder(self) -> Path:
@@ -118,9 +125,11 @@ def write_report(report: PruningReport) -> None:
         _write_files(report)
     console = Console()
     images = report.experiment.splits["test"].num_rows
-    console.print(results_table(report.results, title=f"Test split, {images:,} images"))
-    console.print(blocks_table(report.trainer.model.sparsity_report()))
-    console.print(f"The pruned model, its numbers and figures are in {report.folder}.")
+    results, sparsity = report.results, report.trainer.model.sparsity_report()
+    console.print(results_table(results, title=f"Test split, {images:,} images"))
+    console.print(blocks_table(sparsity))
+    if results[-1].sparsity > 0:
+        console.print(smaller_and_faster(results[-1], sparsity.dense_bytes, report.dense_milliseconds))
 
 
 def _write_files(report: PruningReport) -> None:

@@ -2,7 +2,7 @@
 
 from .fast_model import FastModel, build_fast_model
 from .kernels import KERNELS
-from .measuring import Measure, median_milliseconds
+from .measuring import Measure, Spread, median_milliseconds, processor_name, ratios, resident_bytes, time_in_turns
 from .report import InferenceReport, LayerChoice
 from .semi_structured import semi_structured_layers, to_semi_structured
 
@@ -12,8 +12,13 @@ __all__ = [
     "InferenceReport",
     "LayerChoice",
     "Measure",
+    "Spread",
     "build_fast_model",
     "median_milliseconds",
+    "processor_name",
+    "ratios",
+    "resident_bytes",
     "semi_structured_layers",
+    "time_in_turns",
     "to_semi_structured",
 ]

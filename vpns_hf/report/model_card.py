@@ -12,9 +12,11 @@ from typing import Self
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..hub import BEGIN, END, TAGS, merge_cards
+from ..latency import LatencyReport
 from ..model.sparsity import LayerSparsity, SparsityReport
 from ..training.plan import StageSettings
 from ..version import __version__
+from .latency import latency_section
 from .tables import Result, markdown_table, percent, results_markdown
 
 TEMPLATE = "template.md"
@@ -43,6 +45,7 @@ class SubnetworkCard:
         figures: paths of pictures within the repository, by their captions.
         license: identifier of the licence, as the Hub spells it; None leaves it out.
         version: version of this library that the model was trained with.
+        latency: how fast it is; None where that was not measured.
     """
 
     title: str
@@ -63,6 +66,7 @@ class SubnetworkCard:
     figures: dict[str, str] = field(default_factory=dict)
     license: str | None = None
     version: str = __version__
+    latency: LatencyReport | None = None
 
     def to_json(self) -> str:
         """Return all facts as a JSON object, which [`~SubnetworkCard.from_json`] reads."""
@@ -80,6 +84,8 @@ class SubnetworkCard:
             StageSettings(stage["name"], stage["steps"], {role: tuple(how) for role, how in stage["roles"].items()})
             for stage in facts["stages"]
         ]
+        if facts.get("latency") is not None:
+            facts["latency"] = LatencyReport.from_dict(facts["latency"])
         return cls(**facts)
 
     def metadata(self) -> ModelCardData:
@@ -128,6 +134,7 @@ class SubnetworkCard:
             parameters=f"{self.sparsity.parameters:,}",
             all_parameters=percent(self.sparsity.sparsity_of_all_parameters),
             results_table=results_markdown(self.results),
+            latency=latency_section(self.latency) if self.latency else None,
             blocks_table=markdown_table(("block", "kept", "weights", "sparsity"), blocks),
             stages_table=markdown_table(
                 ("stage", "what trained", "optimizer steps"), [stage.row() for stage in self.stages], text_columns=2

@@ -37,6 +37,13 @@ def file_size(size: int | None) -> str:
     return f"{value:.1f} {unit}"
 
 
+def milliseconds(value: float | None) -> str:
+    """Format milliseconds with three digits."""
+    if value is None:
+        return MISSING
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
 @dataclass(frozen=True)
 class Result:
     """One row of the table of results.
@@ -48,6 +55,7 @@ class Result:
         accuracy_prompted: accuracy with the prompt, in [0, 1]; None where there is none.
         steps: number of optimizer steps that trained it.
         file_bytes: size of the saved weights; None if they were not saved.
+        milliseconds: time of one image on the machine of the run; None if it was not measured.
     """
 
     name: str
@@ -56,6 +64,7 @@ class Result:
     accuracy_prompted: float | None
     steps: int
     file_bytes: int | None
+    milliseconds: float | None = None
 
 
 _RESULT_COLUMNS = (
@@ -67,6 +76,7 @@ _RESULT_COLUMNS = (
     "optimizer steps",
     "file size",
 )
+_TIME_COLUMN = "ms an image"
 
 
 def _result_rows(results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
@@ -80,7 +90,17 @@ def _result_rows(results: Sequence[Result]) -> Iterator[tuple[str, ...]]:
             f"{result.accuracy / dense:.2%}" if dense else MISSING,
             f"{result.steps:,}",
             file_size(result.file_bytes),
+            *([milliseconds(result.milliseconds)] if _are_timed(results) else []),
         )
+
+
+def _are_timed(results: Sequence[Result]) -> bool:
+    return any(result.milliseconds is not None for result in results)
+
+
+def _result_columns(results: Sequence[Result]) -> tuple[str, ...]:
+    """Return the columns: times only where they were measured, which a run on a GPU does not do."""
+    return (*_RESULT_COLUMNS, _TIME_COLUMN) if _are_timed(results) else _RESULT_COLUMNS
 
 
 def results_table(results: Sequence[Result], title: str | None = "Results") -> TerminalTable:
@@ -91,12 +111,12 @@ def results_table(results: Sequence[Result], title: str | None = "Results") -> T
             first row whose sparsity is 0. Missing values are shown as an en dash.
         title: line above the table; None for no title.
     """
-    return TerminalTable(_RESULT_COLUMNS, list(_result_rows(results)), title)
+    return TerminalTable(_result_columns(results), list(_result_rows(results)), title)
 
 
 def results_markdown(results: Sequence[Result]) -> str:
     """Format the table of [`results_table`] in Markdown, without a title and without a newline at its end."""
-    return markdown_table(_RESULT_COLUMNS, _result_rows(results))
+    return markdown_table(_result_columns(results), _result_rows(results))
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
