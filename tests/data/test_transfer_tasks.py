@@ -37,7 +37,7 @@ class TestSettings:
 
     def parse(self, tmp_path, *flags: str, **content) -> VPNsTrainingArguments:
         path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({"output_dir": str(tmp_path), "use_cpu": True} | content))
+        path.write_text(yaml.safe_dump({"output_dir": str(tmp_path), "use_cpu": True, "method": "vpns"} | content))
         _, args = parse_recipe((DataArguments, VPNsTrainingArguments), ["--config", str(path), *flags])
         return args
 
@@ -204,7 +204,7 @@ def backbone(tmp_path_factory):
 def experiment(backbone, folder, data_args: DataArguments, **settings) -> tuple[Experiment, VPNsTrainingArguments]:
     args = VPNsTrainingArguments(
         str(folder / "out"), use_cpu=True, max_steps=1, per_device_train_batch_size=8, report_to="none",
-        disable_tqdm=True, save_strategy="no", sparsity=0.5, dataloader_pin_memory=False, **settings,
+        disable_tqdm=True, save_strategy="no", sparsity=0.5, dataloader_pin_memory=False, method="vpns", **settings,
     )  # fmt: skip
     model_args = ModelArguments(str(backbone), prompt_size=4, cache_dir=str(folder / "cache"))
     return Experiment(model_args, data_args, args), args

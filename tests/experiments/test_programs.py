@@ -230,7 +230,8 @@ def test_folders_of_finished_cells_are_removed(task, monkeypatch):
 
 
 def test_lines_of_earlier_versions_are_still_reported(tmp_path):
-    demo = RECIPES / "comparison" / "demo"
-    shutil.copy(demo / "results.jsonl", tmp_path)
-    run_script("compare_methods.py", ["--only_report", "true", "--output_dir", tmp_path])
-    assert (tmp_path / "results.md").read_text() == (demo / "results.md").read_text()
+    folder = RECIPES / "comparison" / "all_methods"
+    shutil.copy(folder / "results.jsonl", tmp_path)
+    config = folder.with_suffix(".yaml")
+    run_script("compare_methods.py", ["--config", config, "--only_report", "true", "--output_dir", tmp_path])
+    assert (tmp_path / "results.md").read_text() == (folder / "results.md").read_text()

@@ -316,7 +316,7 @@ def test_the_source_keeps_the_head_of_the_backbone(folder, keep_models):
         (dict(modes=["whole"]), "`modes` is ['whole']; expected a list of names out of full,"),
         (dict(methods=["subnetwork"]), "say which with `--subnetwork`"),
         (dict(methods=["omp+prompt"]), "finds no mask of its own"),
-        (dict(sparsities=[90]), "`sparsities` is [90]; expected a list of fractions"),
+        (dict(sparsities=[90]), "`sparsities` is [90]; expected None or a list of fractions"),
         (dict(modes=["full_other_prompt"]), "needs either `--prompt_subnetwork` or `--prompt_dataset_name`"),
         (dict(targets=["./left", "./out/../left"]), "Two targets are called 'left'"),
         (dict(eval_prompt="with"), "compared without the prompt"),

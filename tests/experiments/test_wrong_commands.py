@@ -20,6 +20,7 @@ SETTINGS = dict(
     prompt_size=4,
     report_to="none",
     use_cpu=True,
+    method="vpns",
     disable_tqdm=True,
 )
 # Flags after `vpns-hf prune`, `compare` and `transfer`, in addition to SETTINGS.
@@ -158,7 +159,7 @@ def split(block):
 
 
 def files(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 from joblib import cpu_count
-from transformers.hf_argparser import string_to_bool
 from transformers.utils import is_torch_bf16_gpu_available
 
 AUTO = "auto"
@@ -42,14 +41,19 @@ def choose(given: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         given: arguments of the recipe and the command line by name.
     """
-    on_cpu = string_to_bool(given.get("use_cpu", False)) or parse_flag_from_env("ACCELERATE_USE_CPU")
+    on_cpu = _is_asked(given, "use_cpu") or parse_flag_from_env("ACCELERATE_USE_CPU")
     values = {
-        "bf16": not on_cpu and not string_to_bool(given.get("fp16", False)) and is_torch_bf16_gpu_available(),
+        "bf16": not on_cpu and not _is_asked(given, "fp16") and is_torch_bf16_gpu_available(),
         "dataloader_num_workers": min(MAX_WORKERS, _cores() // 2),
         "dataloader_pin_memory": not on_cpu and torch.accelerator.is_available(),
     }
     asked = {"dataloader_pin_memory": AUTO} | dict(given)
     return {name: value for name, value in values.items() if asked.get(name) == AUTO}
+
+
+def _is_asked(given: Mapping[str, Any], name: str) -> bool:
+    # Other values are refused with those of all arguments, by the parser.
+    return str(given.get(name)).lower() in ("true", "t", "yes", "y", "1")
 
 
 def describe(chosen: Mapping[str, Any]) -> str:
