@@ -73,6 +73,7 @@ def ddp(folder):
 
 def patterns(folder):
     """Groups within rows, and blocks that two processes share."""
+    dist.init_process_group("gloo")
     sharded_selection_in_patterns()
     for pattern in ("2:4", "block:3"):
         sharded_model(sparsity=get_pattern(pattern).sparsity or 0.7, scope="global", pattern=pattern)

@@ -152,6 +152,18 @@ def test_blocks_of_the_largest_sums_are_kept(values, side, sparsity, scope):
         assert mask.is_contiguous()
 
 
+@pytest.mark.parametrize("name", ["2:4", "block:4"])
+@pytest.mark.parametrize("shape", [(1, 4), (4, 8), (2, 4, 1, 1)])
+def test_scores_are_left_as_they_are(name, shape):
+    """One group of four is contiguous as a row and as a column."""
+    values = torch.rand(shape).contiguous(
+        memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    )
+    before = values.clone()
+    select_masks({"w": values}, 0.5, pattern=get_pattern(name))
+    assert torch.equal(values, before)
+
+
 def test_rows_and_erk_count_blocks():
     values = torch.arange(32.0).view(4, 8)
     pattern = get_pattern("block:2")

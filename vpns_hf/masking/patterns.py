@@ -162,8 +162,8 @@ class KeptOfEvery(Pattern):
                 wins = groups[first] >= groups[second]
                 beaten[second] += wins
                 beaten[first] += ~wins
-        # NaN stays, so that it is refused.
-        groups.masked_fill_((beaten < self.kept) & ~groups.isnan(), math.inf)
+        # NaN stays, so that it is refused. Not in place: the groups may share the memory of the scores.
+        groups = groups.masked_fill((beaten < self.kept) & ~groups.isnan(), math.inf)
         rows, columns, *kernel = scores.shape
         return groups.t().reshape(rows, *kernel, columns).movedim(-1, 1).contiguous()
 
