@@ -140,8 +140,8 @@ def check_pair(monkeypatch, capsys, tmp_path, cache, backbone, key):
     assert facts["train images"] == ["40" if task.validation else "36"]
     assert facts["images a step"][0].startswith(f"{task.paper.batch_size} = ")
     assert facts["metrics"] == [", ".join(task.metrics)]
-    assert f"weights: {task.paper.optim} at {task.paper.learning_rate:g}" in facts["tune"][0]
-    assert f"scores: {task.paper.score_optim} at {task.paper.score_learning_rate:g}" in facts["search"][0]
+    assert f"weights: {task.paper.optim} at {task.paper.learning_rate:g}" in facts["joint"][0]
+    assert "scores: adam at auto" in facts["joint"][0]
     assert ("warm up" in facts) != mapped
 
 
@@ -180,7 +180,7 @@ def test_every_recipe(monkeypatch, capsys, tmp_path, cache, path, script):
     if "imagenet/assets" in settings["model_name_or_path"]:
         flags += ["--model_name_or_path", RECIPES / "demo/model", "--image_size", "32", "--prompt_size", "4"]
     printed = dry_run(monkeypatch, capsys, tmp_path, cache, script, "--config", path, *flags)
-    assert "tune" in values(printed)
+    assert {"tune", "joint"} & set(values(printed))
     if script == "compare_methods.py":
         assert all(f"{method}\n" in re.sub(r" +\n", "\n", printed) for method in settings["methods"])
     if script == "transfer.py":
@@ -191,7 +191,13 @@ def test_every_recipe(monkeypatch, capsys, tmp_path, cache, path, script):
 @pytest.mark.parametrize("steps", [{"max_steps": 3}, {"total_max_steps": 7}, {"num_train_epochs": 0.5}], ids=str)
 def test_planned_steps_are_the_steps_taken(tmp_path, steps):
     data = [{"pixel_values": np.full((3, 32, 32), index / 9, np.float32), "labels": index % 3} for index in range(9)]
-    settings = {"search_epochs": 1, "num_train_epochs": 2, "gradient_accumulation_steps": 2, "use_cpu": True} | steps
+    settings = {
+        "method": "vpns",
+        "search_epochs": 1,
+        "num_train_epochs": 2,
+        "gradient_accumulation_steps": 2,
+        "use_cpu": True,
+    } | steps
     args = VPNsTrainingArguments(
         str(tmp_path),
         per_device_train_batch_size=2,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,13 +138,13 @@ def find_image_processor(name: str, kwargs: Mapping[str, Any]) -> BaseImageProce
     Raises:
         ValueError: the file of the image processor is damaged, or describes none.
     """
-    if (image_processor := load_image_processor(name, kwargs)) is not None:
-        return image_processor
-    try:
+    # Without one, size and normalisation come from the configuration or the caller; offline none may be cached.
+    with suppress(OSError):
+        if (image_processor := load_image_processor(name, kwargs)) is not None:
+            return image_processor
+    with suppress(OSError, ValueError):
         return transformers.AutoImageProcessor.from_pretrained(name, **hub_kwargs(kwargs))
-    except (OSError, ValueError):
-        # Without one, size and normalisation come from the configuration or the caller.
-        return None
+    return None
 
 
 def savable(image_processor: BaseImageProcessor | None) -> BaseImageProcessor | None:
