@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.killed_run import assert_same_outcome, finished_stages, outcome, run, start
 from helpers.training import Images, fresh, make_trainer
 
@@ -235,6 +236,24 @@ def test_signal_after_the_last_step_ends_after_the_stage(tmp_path):
     assert finished_stages(tmp_path) == 1
     make_trainer(tmp_path, fresh(), eval_dataset=Images(4), **settings).train(resume_from_checkpoint=True)
     assert finished_stages(tmp_path) == 2
+
+
+class Watched(Images):
+    """Refuses to be read by a worker that a signal to the whole group would end."""
+
+    def __getitem__(self, index):
+        if torch.utils.data.get_worker_info() is not None:
+            assert {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} == {signal.SIG_IGN}
+        return super().__getitem__(index)
+
+
+def test_workers_of_every_loader_ignore_signals(tmp_path):
+    """Those of training, of evaluation in the middle of it and of the test split."""
+    watched = {"train_dataset": Watched(8), "prompted_train_dataset": Watched(8), "eval_dataset": Watched(4)}
+    trainer = make_trainer(tmp_path, fresh(), **watched, dataloader_num_workers=1, max_steps=2, save_strategy="no")
+    trainer.train()
+    trainer.evaluate()
+    trainer.predict(Watched(4))
 
 
 def test_signal_handlers_are_put_back(tmp_path):

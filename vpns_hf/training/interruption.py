@@ -8,6 +8,9 @@ import threading
 from types import FrameType
 from typing import Any, NoReturn
 
+from accelerate.data_loader import DataLoaderAdapter
+from torch.utils.data import DataLoader
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -67,3 +70,10 @@ def ignore_signals(worker_id: int) -> None:
     """Ignore Ctrl-C and SIGTERM in a data-loader worker: they go to the whole process group, and the trainer stops."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def protect_workers(loader: DataLoader) -> None:
+    """Let the workers of a loader that Trainer built ignore Ctrl-C and SIGTERM, which Trainer has no argument for."""
+    # accelerate wraps the loader that starts the workers.
+    inner = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader
+    inner.worker_init_fn = ignore_signals

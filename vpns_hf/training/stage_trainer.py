@@ -30,7 +30,7 @@ from ..saved_folder import writing
 from .arguments import VPNsTrainingArguments
 from .checkpoints import UNFINISHED_CHECKPOINT, is_at_the_end, publish_checkpoint
 from .counters import Counters
-from .interruption import ignore_signals
+from .interruption import ignore_signals, protect_workers
 from .losses import mix_images, smoothed_loss
 from .optimizers import OptimizerByRole, build_optimizer, weight_groups
 from .plan import StagePlan
@@ -257,6 +257,7 @@ class StageTrainer(Trainer):
         if self.is_fsdp_enabled and not self.accelerator._models:
             # accelerate shards a model along with its optimizer only, so one that was not trained is evaluated whole.
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        protect_workers(dataloader)
         outputs, metrics = [], dict[str, float]()
         for use_prompt in self._evaluated_roles():
             self._evaluates_prompted = use_prompt
@@ -267,9 +268,8 @@ class StageTrainer(Trainer):
             output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
             if self.args.world_size > 1:
                 self._correct_loss(output, metric_key_prefix)
-            suffix = "_prompted" if use_prompt else ""
             outputs.append(output)
-            metrics |= {f"{name}{suffix}": value for name, value in output.metrics.items()}
+            metrics |= {name + "_prompted" * use_prompt: value for name, value in output.metrics.items()}
         return outputs[0]._replace(metrics=metrics)
 
     def _correct_loss(self, output: EvalLoopOutput, prefix: str) -> None:
