@@ -144,7 +144,9 @@ def test_metrics_are_chosen_by_the_arguments(tmp_path):
     for name, value in expected.items():
         assert metrics[f"eval_{name}"] == pytest.approx(value)
         assert f"eval_{name}_prompted" in metrics
-    with pytest.raises(ValueError, match="`metrics` is 'top_5'; expected one of accuracy, mean_per_class"):
+    with pytest.raises(
+        ValueError, match=r"`metrics` is \['top_5'\]; expected None or a list of names out of accuracy, mean_per_class"
+    ):
         VPNsTrainingArguments(str(tmp_path), metrics=["top_5"], **settings)
 
 

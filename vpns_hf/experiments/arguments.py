@@ -25,7 +25,9 @@ from ..values import (
 MODEL: dict[str, Check] = {
     "model_name_or_path": NAME,
     "model_revision": NAME,
-    **{name: FIELDS[name] for name in ("scope", "prompt", "prompt_size", "label_mapping", "ignore_modules")},
+    **{
+        name: FIELDS[name] for name in ("scope", "pattern", "prompt", "prompt_size", "label_mapping", "ignore_modules")
+    },
     "prompt_inner_size": optional(count(1, 2**14)),
     "image_size": optional(count(1, 2**14)),
 }
@@ -82,10 +84,10 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        get_pattern(self.pattern)
         if self.prompt in ("none", "None", ""):
             self.prompt = None
         check_fields(self, MODEL)
+        get_pattern(self.pattern)
 
 
 @dataclass

@@ -176,10 +176,15 @@ def check_handed_over(model: PreTrainedModel, config: PreTrainedConfig, image_si
 
 
 def _check_trainable(model: PreTrainedModel, rebuilt: PreTrainedModel) -> None:
-    """Refuse parameters that were frozen by hand; some classes freeze position embeddings themselves."""
+    """Refuse layers that were frozen by hand.
+
+    Some classes freeze position embeddings themselves, and a whole model without gradients was put aside for
+    inference.
+    """
     own = {name for name, parameter in rebuilt.named_parameters() if not parameter.requires_grad}
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    if by_hand := sorted(frozen - own):
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    by_hand = sorted(name for name, is_trained in trained.items() if not is_trained and name not in own)
+    if by_hand and any(trained.values()):
         raise ValueError(
             f"{len(by_hand)} parameters of this {type(model).__name__} do not require gradients, such as "
             f"{by_hand[0]}, but a pruning method trains the whole backbone in its stages; call "
