@@ -8,7 +8,9 @@ from helpers.models import tiny_model
 from huggingface_hub import ModelCard
 
 from vpns_hf.hub import BEGIN, END
+from vpns_hf.latency import Latency, LatencyReport, Machine
 from vpns_hf.report import Result, SubnetworkCard
+from vpns_hf.report.latency_saving import dense_accuracy, save_latency
 from vpns_hf.training.plan import StageSettings
 
 CARDS = Path(__file__).parents[2] / "model_cards"
@@ -191,6 +193,25 @@ def test_the_facts_of_a_card_survive_json():
     again = SubnetworkCard.from_json(facts.to_json())
     assert again == facts
     assert str(again.render()) == str(facts.render())
+
+
+def test_latency_that_is_added_to_a_card_is_part_of_its_facts(tmp_path):
+    machine = Machine("Abacus 3", 2, None, {})
+    rows = [Latency(name, 1, 1, (ms / 1000,) * 3, 10, None) for name, ms in (("torch", 4.0), ("sparse", 5.0))]
+    report, facts = LatencyReport(machine, 0.9, (32, 32), tuple(rows)), card()
+    facts.save(tmp_path / "README.md")
+    (tmp_path / "card.json").write_text(facts.to_json())
+    save_latency(report, tmp_path)
+    added = (tmp_path / "README.md").read_text()
+    assert added.index("## Figures") < added.index("## Latency") < added.index("## Limits")
+    assert "NOT faster than the dense one in torch with batch 1 and 1 thread (0.80 times as fast" in added
+    again = SubnetworkCard.from_json((tmp_path / "card.json").read_text())
+    assert again.latency == report
+    assert str(again.render()).split() == added.split()
+    assert dense_accuracy(tmp_path) == 0.84
+    (tmp_path / "card.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not hold the facts of a model card"):
+        save_latency(report, tmp_path)
 
 
 @pytest.mark.parametrize("name", [path.parent.name for path in sorted(CARDS.glob("*/card.json"))])
