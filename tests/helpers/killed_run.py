@@ -18,6 +18,7 @@ from vpns_hf.training import restoring
 
 # The last step is no end of an epoch, and no step that is logged or saved is one that is evaluated.
 SETTINGS = dict(
+    method="vpns",
     per_device_train_batch_size=4,
     max_steps=7,
     score_learning_rate=1e-2,

@@ -94,6 +94,7 @@ def select_masks(
     Raises:
         ValueError: sparsity outside [0, 1] or above that of the pattern, unknown scope, no scores, or NaN among them.
     """
+    _check_scores(scores, scope)
     # Groups that span rows may lie on several processes.
     values = _gathered(scores) if pattern.spans_rows else scores
     groups = {name: pattern.sum(value) for name, value in values.items()}
@@ -129,7 +130,6 @@ def select(
 
     Masks are sharded as the scores are, or whole where groups span rows.
     """
-    _check_scores(scores, scope)
     pattern.check(sparsity, scope)
     if pattern.spans_rows:
         scores = _gathered(scores)
