@@ -1,21 +1,28 @@
 """Hooks of the documentation: tables made from the package, files of the repository included without a copy.
 
-In a page `{{ methods }}` is the table of methods, and `{{ include PATH }}` or `{{ include PATH#Heading }}` a Markdown
-file of the repository or one section of it. Links of the form `[text](repo:PATH)` lead to a file in the repository.
+In a page `{{ methods }}` is the table of methods, `{{ arguments CLASS }}` that of the arguments of a class, and
+`{{ include PATH }}` or `{{ include PATH#Heading }}` a Markdown file of the repository or one section of it. Links of
+the form `[text](repo:PATH)` lead to a file in the repository.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import posixpath
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vpns_hf.experiments.arguments import DataArguments, ModelArguments, PruneArguments
+from vpns_hf.experiments.compare import ComparisonArguments
 from vpns_hf.methods import METHODS, Rounds, Stage
+from vpns_hf.training import VPNsTrainingArguments
 
 ROOT = Path(__file__).parents[1]
 INCLUDE = re.compile(r"^\{\{ include (\S+?)(?:#(.+?))? \}\}$", re.MULTILINE)
+ARGUMENTS = re.compile(r"^\{\{ arguments (\w+) \}\}$", re.MULTILINE)
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, PruneArguments, ComparisonArguments, VPNsTrainingArguments)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|!?\[[^\]]*\]\([^)]*\))*)\]\(([^)\s]+)\)")
 PAPER = re.compile(r"\barXiv\s+(\d{4}\.\d{4,5})(?:, (\d{4}\.\d{4,5}))?")
 
@@ -48,6 +55,7 @@ def fill(markdown: str, page: str, repo_url: str) -> str:
         FileNotFoundError: a file or heading that the page names does not exist.
     """
     text = markdown.replace("{{ methods }}", methods_table())
+    text = ARGUMENTS.sub(lambda found: arguments_table(found[1]), text)
     text = INCLUDE.sub(lambda found: included(found[1], found[2]), text)
     return _outside_code(text, lambda found: _own_link(found, page, repo_url))
 
@@ -67,6 +75,27 @@ def methods_table() -> str:
         description = PAPER.sub(_papers, method.description).replace("|", r"\|")
         rows.append(f"| `{name}` | {stages} | {prompt} | {description} |")
     return "\n".join(rows)
+
+
+def arguments_table(name: str) -> str:
+    """Return a Markdown table of the arguments that a class adds to those of its bases.
+
+    Raises:
+        StopIteration: there is no such class among `ARGUMENT_CLASSES`.
+    """
+    cls = next(each for each in ARGUMENT_CLASSES if each.__name__ == name)
+    rows = ["| argument | default | what it is |", "|---|---|---|"]
+    for field in dataclasses.fields(cls):
+        if field.name in cls.__annotations__:
+            text = field.metadata["help"].replace("|", r"\|")
+            rows.append(f"| `{field.name}` | {_default(field)} | {text} |")
+    return "\n".join(rows)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return f"`{field.default_factory()}`"
+    return "required" if field.default is dataclasses.MISSING else f"`{field.default}`"
 
 
 def _stage_name(entry: Stage | Rounds) -> str:
@@ -128,4 +157,5 @@ def _own_link(found: re.Match[str], page: str, repo_url: str) -> str:
     if repo_url:
         kind = "tree" if (ROOT / path).is_dir() else "blob"
         return f"[{words}]({repo_url.rstrip('/')}/{kind}/main/{path})"
-    return words if words.strip("`") == path else f"{words} (`{path}`)"
+    names_it = posixpath.basename(words.strip("`")) == posixpath.basename(path)
+    return f"`{path}`" if names_it else f"{words} (`{path}`)"

@@ -92,6 +92,15 @@ def test_the_table_of_methods_is_that_of_the_package():
     )
 
 
+def test_the_tables_of_arguments_are_those_of_the_classes():
+    rows = HOOKS.arguments_table("DataArguments").splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == [entry.name for entry in dataclasses.fields(DataArguments)]
+    assert rows[0].startswith("| `dataset_name` | required | A transfer task")
+    own = HOOKS.arguments_table("VPNsTrainingArguments")
+    assert "| `sparsity` | `None` | Fraction of prunable weights to remove" in own
+    assert "`ddp_backend`" not in own
+
+
 def test_links_of_included_files_lead_where_they_led(monkeypatch, tmp_path):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/page.md").write_text(

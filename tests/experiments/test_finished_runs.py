@@ -21,9 +21,13 @@ def files(folder):
 
 
 def content(path):
-    """The bytes of a file. Loading states the dtype of a backbone, and training that it uses no cache."""
-    lines = path.read_bytes().splitlines(True)
-    return b"".join(line for line in lines if b'"dtype"' not in line and b'"use_cache"' not in line)
+    """The content of a file. Loading states the dtype of the backbone, and training transformers' `use_cache`."""
+    if path.name != "config.json":
+        return path.read_bytes()
+    config = json.loads(path.read_text())
+    config["backbone_config"].pop("dtype", None)
+    config.pop("use_cache", None)
+    return config
 
 
 def test_what_a_run_leaves_and_says_and_resuming_it(task, capsys, caplog, monkeypatch):
