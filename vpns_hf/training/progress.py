@@ -114,7 +114,8 @@ def _bar(name: str, total: int, **options: Any) -> tqdm:
 def _facts(logs: Mapping[str, Any]) -> dict[str, str]:
     """Choose from a log, as text, what is shown of it."""
     facts = {"loss": f"{logs['loss']:.4g}"} if "loss" in logs else {}
-    facts |= {words: f"{logs[name]:.2%}" for name, words in _SHARES.items() if name in logs}
+    # A caller's own metrics may be of any kind.
+    facts |= {words: f"{logs[name]:.2%}" for name, words in _SHARES.items() if is_number(logs.get(name))}
     return facts | ({"density": f"{1 - logs['sparsity']:.2%}"} if "sparsity" in logs else {})
 
 
