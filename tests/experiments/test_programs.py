@@ -80,7 +80,7 @@ def test_without_a_recipe_the_command_names_what_is_missing(command, capsys):
     [
         (["--seed", "seven"], "argument --seed: invalid int value: 'seven'; `--help` lists all arguments."),
         (["--sparsty", "0.5"], "unknown argument 'sparsty'; did you mean 'sparsity'?"),
-        (["--config", "nowhere.yaml"], "The recipe nowhere.yaml cannot be read (No such file or directory)"),
+        (["--config", "nowhere.yaml"], "The recipe nowhere.yaml cannot be read; pass `--config`"),
         (["--method", "vpsn"], "`method` is 'vpsn'; expected one of dense, vpns,"),
     ],
 )

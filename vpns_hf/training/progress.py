@@ -12,6 +12,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCont
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import has_length
 
+from ..values import is_number
+
 # Names in the logs by how they are shown.
 _SHARES = {"eval_accuracy": "accuracy", "eval_accuracy_prompted": "accuracy prompted"}
 
