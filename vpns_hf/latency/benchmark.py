@@ -120,7 +120,7 @@ def _check_numbers(batches: Sequence[int], threads: Sequence[int], rounds: int) 
 
 @dataclass(frozen=True)
 class _Files:
-    """What the runtimes load.
+    """Files and images that the runtimes load.
 
     Args:
         paths: of what each runtime loads.

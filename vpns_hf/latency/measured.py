@@ -1,4 +1,4 @@
-"""What was measured: a row for each runtime, batch size and number of threads, and the figures made of them."""
+"""Hold measured latencies, a row for each runtime, batch size and number of threads, and compute figures from them."""
 
 from __future__ import annotations
 
