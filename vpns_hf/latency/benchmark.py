@@ -120,7 +120,7 @@ def _check_numbers(batches: Sequence[int], threads: Sequence[int], rounds: int) 
 
 @dataclass(frozen=True)
 class _Files:
-    """Files and images that the runtimes load.
+    """Files that the runtimes load.
 
     Args:
         paths: of what each runtime loads.
