@@ -22,6 +22,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from helpers.models import tiny_backbone
 from PIL import Image as PILImage
 from transformers import ViTImageProcessor, set_seed
+from transformers.utils import logging
 
 from vpns_hf.methods import METHODS
 
@@ -41,6 +42,14 @@ def _seeded():
     set_seed(0)
     # The precision that one test asked for must not be that of the next.
     AcceleratorState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _verbosity():
+    """`log_level` of a trainer is that of the whole process."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 @pytest.fixture(autouse=True)
