@@ -205,6 +205,18 @@ def test_inspect_reads_checkpoints_that_are_not_packed(state, tmp_path):
     assert all(layer.name.endswith("weight") and layer.coding == "raw" for layer in found.layers)
 
 
+@pytest.mark.parametrize("state", ["search", "frozen"])
+def test_inspect_finds_masks_and_weights_in_different_shards(state, tmp_path):
+    model = tiny_model("vit")
+    if state == "frozen":
+        model.freeze_masks()
+    model.save_pretrained(tmp_path / "one", packed=False)
+    model.save_pretrained(tmp_path / "shards", packed=False, max_shard_size="10KB")
+    one, shards = (inspect_folder(tmp_path / name) for name in ("one", "shards"))
+    assert len(shards.files) > 1
+    assert sorted(shards.layers, key=str) == sorted(one.layers, key=str)
+
+
 def test_inspect_neither_builds_nor_decodes(folder, monkeypatch):
     config = json.loads((folder / "config.json").read_text())
     config["backbone_config"]["model_type"] = "from-the-future"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def inspect_folder(folder: Path) -> StoredSubnetwork:
         num_labels=len(config["id2label"]),
         label_mapping=config.get("label_mapping"),
         prompt={name: config.get(name) for name in PROMPT_FACTS} if config.get("prompt") else None,
-        layers=tuple(layer for file in files for layer in _layers(file)),
+        layers=_layers(files),
         files={file.name: file.stat().st_size for file in files},
         provenance=_from_card(folder / "README.md") | _from_recipe(folder / "recipe.yaml"),
     )
@@ -135,15 +136,29 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _layers(path: Path) -> list[StoredLayer]:
-    read = _packed_layers if storage.is_packed(path) else _raw_layers
+def _layers(files: list[Path]) -> tuple[StoredLayer, ...]:
+    # Shards of an unpacked model: a mask and its weight may lie in different files.
+    sizes: dict[str, int] = {}
+    for path in files:
+        sizes |= _read(path, _sizes)
+    found = [layer for path in files for layer in _read(path, partial(_layers_of_file, sizes=sizes))]
+    if len(found) > MAX_LAYERS:
+        raise ValueError(
+            f"{files[0].parent} holds more than {MAX_LAYERS} masked weights, as no image classifier does."
+        )
+    return tuple(found)
+
+
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
-        found = list(islice(read(path), MAX_LAYERS + 1))
+        return read(path)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if len(found) > MAX_LAYERS:
-        raise ValueError(f"{path} holds more than {MAX_LAYERS} masked weights, as no image classifier does.")
-    return found
+
+
+def _layers_of_file(path: Path, sizes: dict[str, int]) -> list[StoredLayer]:
+    layers = _packed_layers(path) if storage.is_packed(path) else _raw_layers(path, sizes)
+    return list(islice(layers, MAX_LAYERS + 1))
 
 
 def _packed_layers(path: Path) -> Iterator[StoredLayer]:
@@ -153,7 +168,7 @@ def _packed_layers(path: Path) -> Iterator[StoredLayer]:
             yield StoredLayer(_weight_name(name), stored.kept, stored.total, stored.bytes, stored.coding)
 
 
-def _raw_layers(path: Path) -> Iterator[StoredLayer]:
+def _raw_layers(path: Path, sizes: dict[str, int]) -> Iterator[StoredLayer]:
     with safe_open(path, "np") as file:
         for name in file.keys():  # noqa: SIM118
             if file.get_slice(name).get_dtype() != "BOOL":
@@ -165,12 +180,19 @@ def _raw_layers(path: Path) -> Iterator[StoredLayer]:
             else:
                 continue
             mask = file.get_tensor(name)
-            size = _bytes(file, weight) + _bytes(file, name)
+            if weight not in sizes:
+                raise ValueError(f"mask {name} belongs to no weight.")
+            size = sizes[weight] + sizes[name]
             yield StoredLayer(_weight_name(weight), int(mask.sum()), mask.size, size, "raw")
 
 
-def _bytes(file: Any, name: str) -> int:
-    stored = file.get_slice(name)
+def _sizes(path: Path) -> dict[str, int]:
+    """Read the bytes of every tensor of a file from its header."""
+    with safe_open(path, "np") as file:
+        return {name: _bytes(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+
+
+def _bytes(stored: Any) -> int:
     bits = re.search(r"\d+", stored.get_dtype())
     return math.prod(stored.get_shape()) * (int(bits.group()) // 8 if bits else 1)
 
