@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import signal
@@ -333,6 +334,8 @@ def fsdp2_on_cpu(folder):
 
 
 if __name__ == "__main__":
+    # accelerate collects garbage after every stage; all that was imported need not be gone through.
+    gc.freeze()
     torch.set_num_threads(1)
     job, target = sys.argv[1:]
     Path(target).mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """A training run for tests that kill it, in children of a fork server, which has imported everything already."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -100,6 +101,8 @@ def train(folder, log, fatal=0, signals=(), pipe=None, callbacks=(), **settings)
         pipe: gets a message when training begins, and the number of file changes at the end.
         settings: training arguments that differ from `SETTINGS`.
     """
+    # accelerate collects garbage after every stage; all that was imported need not be gone through.
+    gc.freeze()
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
