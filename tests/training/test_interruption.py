@@ -256,6 +256,27 @@ def test_workers_of_every_loader_ignore_signals(tmp_path):
     trainer.predict(Watched(4))
 
 
+def test_workers_that_have_just_started_ignore_signals(tmp_path):
+    """Every fork gets both signals as its first event, as when the whole group is signalled at that moment."""
+    forked = []
+
+    def signal_itself():
+        for number in forked:
+            os.kill(os.getpid(), number)
+
+    os.register_at_fork(after_in_child=signal_itself)
+    trainer = make_trainer(
+        tmp_path, fresh(), eval_dataset=Images(4), dataloader_num_workers=1, max_steps=2, save_strategy="no"
+    )
+    forked += [signal.SIGTERM, signal.SIGINT]
+    try:
+        trainer.train()
+        trainer.evaluate()
+    finally:
+        forked.clear()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
 def test_signal_handlers_are_put_back(tmp_path):
     received = []
     interrupts = signal.getsignal(signal.SIGINT)

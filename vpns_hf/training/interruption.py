@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -66,14 +67,30 @@ def leave(received: signal.Signals) -> NoReturn:
     raise SystemExit(128 + received)
 
 
-def ignore_signals(worker_id: int) -> None:
-    """Ignore Ctrl-C and SIGTERM in a data-loader worker: they go to the whole process group, and the trainer stops."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def protect_workers(loader: DataLoader) -> None:
-    """Let the workers of a loader that Trainer built ignore Ctrl-C and SIGTERM, which Trainer has no argument for."""
+    """Let the workers of a loader ignore Ctrl-C and SIGTERM, which go to the whole process group.
+
+    The trainer alone heeds them.
+
+    Args:
+        loader: a loader of torch or accelerate; one that Trainer built has no argument for this.
+    """
     # accelerate wraps the loader that starts the workers.
     inner = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader
-    inner.worker_init_fn = ignore_signals
+    inner.worker_init_fn = _ignore_signals
+    # A worker begins with the handlers of this process, so that one that has just started could end by a signal.
+    inner._get_iterator = partial(_start_with_blocked_signals, inner)  # type: ignore[method-assign]
+
+
+def _start_with_blocked_signals(loader: DataLoader) -> Any:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return type(loader)._get_iterator(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ignore_signals(worker_id: int) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

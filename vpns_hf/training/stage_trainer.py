@@ -30,7 +30,7 @@ from ..saved_folder import writing
 from .arguments import VPNsTrainingArguments
 from .checkpoints import UNFINISHED_CHECKPOINT, is_at_the_end, publish_checkpoint
 from .counters import Counters
-from .interruption import ignore_signals, protect_workers
+from .interruption import protect_workers
 from .losses import mix_images, smoothed_loss
 from .optimizers import OptimizerByRole, build_optimizer, weight_groups
 from .plan import StagePlan
@@ -144,11 +144,12 @@ class StageTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
-            worker_init_fn=ignore_signals,
             # Its own, so that the number of workers does not move the global random state.
             generator=torch.Generator().manual_seed(self.args.seed),
         )
-        return self.accelerator.prepare(loader)
+        loader = self.accelerator.prepare(loader)
+        protect_workers(loader)
+        return loader
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create one optimizer for each role of the stage, stepped as one."""
