@@ -2,7 +2,8 @@
 PYTHON = .venv/bin/python
 PROCESSES = 2
 
-.PHONY: help docs test test-all test-slow test-distributed test-interruption kills test-lowest fuzz benchmarks lint
+.PHONY: help docs test test-all test-slow test-wheel test-distributed test-interruption kills test-lowest fuzz benchmarks
+.PHONY: results dist lint
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -17,6 +18,9 @@ test-all:
 
 test-slow: ## the slow tests
 	$(PYTHON) -m pytest -m slow -n $(PROCESSES)
+
+test-wheel: ## the wheel, installed alone in a fresh environment, prunes an image folder
+	$(PYTHON) -m pytest -m "slow or not slow" tests/test_packaging.py
 
 test-distributed: ## tests that launch several processes, slow ones too
 	$(PYTHON) -m pytest -m "slow or not slow" tests/training/test_distributed.py
@@ -41,6 +45,15 @@ benchmarks: ## every benchmark, one after the other
 
 docs: ## the documentation, in site/; needs `pip install -e ".[docs]"`
 	$(PYTHON) -m mkdocs build --strict
+
+results: ## tables and picture of the README, and model_cards/results.csv, from results that are committed
+	$(PYTHON) model_cards/make_results.py
+	$(PYTHON) recipes/comparison/make_readme.py
+
+dist: ## wheel and sdist, in dist/; needs `pip install build twine`
+	rm -rf dist
+	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
 
 lint: ## style and types; needs `pip install -e ".[quality]"`
 	$(PYTHON) -m ruff check

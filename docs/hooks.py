@@ -152,6 +152,9 @@ def _own_link(found: re.Match[str], page: str, repo_url: str) -> str:
     path = target.removeprefix("repo:")
     if not (ROOT / path).exists():
         raise FileNotFoundError(f"docs/{page} links to {path}, which does not exist.")
+    if path.startswith("docs/"):
+        place = posixpath.relpath(path.removeprefix("docs/"), posixpath.dirname(page) or ".")
+        return f"{mark}[{words}]({place})"
     if mark or path.endswith(".png"):
         return f"{mark}[{words}]({posixpath.relpath(f'pictures/{path}', posixpath.dirname(page) or '.')})"
     if repo_url:

@@ -3,13 +3,13 @@
 import ast
 import dataclasses
 import importlib
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers.models import tiny_backbone
+from helpers.recipes import load_script
 
 from vpns_hf import PromptedSparseModel, VPNsTrainingArguments
 from vpns_hf.data import TRANSFER_TASKS
@@ -24,21 +24,14 @@ from vpns_hf.scores import SCORES, score_weights
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
-# Flags of accelerate, of `vpns-hf export` and of benchmarks.
+# Flags of accelerate, of `vpns-hf export`, of `vpns-hf benchmark` and of benchmarks.
 OTHER_FLAGS = {
     *("num_cpu_threads_per_process", "config_file", "num_processes", "machine_rank", "config", "help"),
-    *("format", "with_prompt", "without_prompt", "models", "threads"),
+    *("format", "with_prompt", "without_prompt", "models", "threads", "save"),
 }
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-HOOKS = load(DOCS / "hooks.py")
+HOOKS = load_script(DOCS / "hooks.py")
 
 
 def read(page):
@@ -118,6 +111,11 @@ def test_links_of_included_files_lead_where_they_led(monkeypatch, tmp_path):
     assert "[web](https://a.b) [here](#below)" in text
     assert "layer[0](pixels)" in text
     assert HOOKS.fill("{{ include a/b/page.md#Rest }}", "own.md", "") == "end"
+    (tmp_path / "docs/guides").mkdir(parents=True)
+    (tmp_path / "docs/guides/some.md").touch()
+    (tmp_path / "README.md").write_text("# Title\n\n[some](docs/guides/some.md)\n")
+    assert "[some](some.md)" in HOOKS.fill("{{ include README.md }}", "guides/own.md", "")
+    assert "[some](guides/some.md)" in HOOKS.fill("{{ include README.md }}", "own.md", "https://g.h/me/repo")
     assert HOOKS.fill("[other](repo:a/other.md)", "own.md", "") == "other (`a/other.md`)"
     for wrong in ("[other](repo:a/none.md)", "{{ include a/b/page.md#None }}", "{{ include a/none.md }}"):
         with pytest.raises(FileNotFoundError):

@@ -568,8 +568,8 @@ def test_two_processes_push_once(hub, task):
 # The documentation ---------------------------------------------------------------------------------------------------
 
 
-def test_share_it_as_the_readme_says(hub, tmp_path, monkeypatch):
-    """The section's code, with a tiny model in place of the demo's; then what it says of the repository."""
+def test_share_it_as_the_guide_says(hub, tmp_path, monkeypatch):
+    """The page's code, with a tiny model in place of the demo's; then what it says of the repository."""
     monkeypatch.chdir(tmp_path)
     model, mine = pruned(), pruned(seed=1)
     model.save_pretrained("vpns-demo")
@@ -578,15 +578,15 @@ def test_share_it_as_the_readme_says(hub, tmp_path, monkeypatch):
         path = tmp_path / "vpns-demo" / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    section = readme.partition("## Share it")[2].partition("\n## ")[0]
-    push, load, push_all = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    page = (Path(__file__).parents[1] / "docs/guides/share.md").read_text()
+    push, load, move, push_all = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     scope = {"mine": mine}
     exec(push, scope)
     assert set(hub.files("me/vit-fashion-vpns-90")) == MODEL_FILES
     assert len(hub.history("me/vit-fashion-vpns-90")) == 2
     exec(load, scope)
     assert_equal(scope["model"], model)
+    exec(move, scope)
     assert all(torch.equal(mask, model.masks()[name]) for name, mask in mine.masks().items())
     exec(push_all, scope)
     extra = {"recipe.yaml", "sparsity_report.json", "figures/prompt.png"}

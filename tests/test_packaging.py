@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.pictures import write_images
+
+from vpns_hf.version import __version__
 
 CLONE = Path(__file__).parents[1]
 
@@ -91,3 +95,26 @@ print(vpns_hf.__file__, len(names))
     assert sum(stage["steps"] for stage in stages) == 10
     assert {"README.md", "model.safetensors", "recipe.yaml", "figures"} <= set(os.listdir(folder / "out"))
     assert json.loads(run("vpns-hf", "inspect", "out", "--json"))["state"] == "frozen"
+
+
+def test_one_version_everywhere():
+    citation = yaml.safe_load((CLONE / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
+    assert citation["preferred-citation"]["title"].startswith("Visual Prompting Upgrades Neural Network")
+    assert f"version = {{{__version__}}}" in (CLONE / "README.md").read_text(encoding="utf-8")
+    assert f"## [{__version__}]" in (CLONE / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((CLONE / ".github/workflows").glob("*.yml")), ids=lambda path: path.name)
+def test_workflows_may_do_little_and_run_what_is_pinned(path):
+    """Only the job that publishes may ask for an identity, and it runs no code of the repository."""
+    text = path.read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] in ({}, {"contents": "read"})
+    for name, job in workflow["jobs"].items():
+        permissions = job.get("permissions", {"contents": "read"})
+        assert permissions == ({"id-token": "write"} if name == "publish" else {"contents": "read"})
+        assert name != "publish" or not any("run" in step for step in job["steps"])
+    actions = re.findall(r"uses: (\S+)", text)
+    assert all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action) for action in actions)
+    assert not re.search(r"run: .*\$\{\{", text)  # a name of a branch or tag must not become a command

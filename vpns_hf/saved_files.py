@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,25 @@ def read_text(path: Path, limit: int) -> str:
         return read_bytes(path, limit).decode()
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no UTF-8 text.") from None
+
+
+def read_front_matter(path: Path) -> dict[str, Any]:
+    """Read the YAML block that a card starts with, between two lines of three dashes.
+
+    Returns:
+        Its values by name; empty without such a block.
+
+    Raises:
+        ValueError: it is no sound YAML, holds something else than names with values, or the file is no text or too
+            large.
+    """
+    parts = re.split(r"^---\s*$", read_text(path, MAX_CARD), maxsplit=2, flags=re.MULTILINE)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    values = read_yaml(path, parts[1])
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"{path} has metadata that are no names with values.")
+    return values
 
 
 def check_weights(path: Path) -> None:

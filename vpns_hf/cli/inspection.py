@@ -20,7 +20,7 @@ from .. import masking, storage
 from ..masking.patterns import UNSTRUCTURED
 from ..model.configuration import PromptedSparseConfig
 from ..model.sparsity import KeptEntries, KeptInLayers
-from ..saved_files import MAX_CARD, MAX_YAML, check_weights, read_json, read_text, read_yaml
+from ..saved_files import MAX_YAML, check_weights, read_front_matter, read_json, read_text, read_yaml
 from ..saved_folder import current_folder
 
 WEIGHT_FILES = "model*.safetensors"
@@ -31,6 +31,7 @@ RECIPE_FACTS = (
     "model_name_or_path",
     "model_revision",
     "dataset_name",
+    "dataset_title",
     "dataset_revision",
     "method",
     "seed",
@@ -204,14 +205,7 @@ def _weight_name(stored: str) -> str:
 def _from_card(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    text = read_text(path, MAX_CARD)
-    parts = re.split(r"^---\s*$", text, maxsplit=2, flags=re.MULTILINE)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    values = read_yaml(path, parts[1])
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ValueError(f"{path} has metadata that are no names with values.")
-    data = ModelCardData(**values, ignore_metadata_errors=True)
+    data = ModelCardData(**read_front_matter(path), ignore_metadata_errors=True)
     facts = {name: value for name, value in data.to_dict().items() if name in CARD_FACTS}
     results = {
         f"{result.metric_name or result.metric_type} on {result.dataset_name}, {result.dataset_split}": (
@@ -228,6 +222,7 @@ def _from_recipe(path: Path) -> dict[str, Any]:
     text = read_text(path, MAX_YAML)
     recipe = read_yaml(path, text)
     comments = read_yaml(path, "\n".join(line[2:] for line in text.splitlines() if line.startswith("# ")))
-    facts = {name: recipe[name] for name in RECIPE_FACTS if name in recipe} if isinstance(recipe, dict) else {}
+    known = recipe if isinstance(recipe, dict) else {}
+    facts = {name: known[name] for name in RECIPE_FACTS if known.get(name) is not None}
     packages = comments.get("packages") if isinstance(comments, dict) else None
     return facts | ({"packages": packages} if packages else {})

@@ -210,13 +210,20 @@ class PruneArguments(DryRunArguments):
         default=None,
         metadata={"help": "Licence of the pruned model, as the Hub spells it; by default the backbone's own."},
     )
+    dataset_title: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the data set on the model card; by default the `pretty_name` in the README.md of a local "
+            "folder, else `dataset_name`."
+        },
+    )
     keep_checkpoints: bool = field(
         default=False,
         metadata={"help": "Keep the checkpoints and the model of every stage when the run has ended."},
     )
 
     def __post_init__(self) -> None:
-        check_fields(self, {"references": NAMES})
+        check_fields(self, {"references": NAMES, "dataset_title": optional(NAME)})
         if self.references == ["none"]:
             self.references = []
         for text in self.references:

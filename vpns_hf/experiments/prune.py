@@ -17,6 +17,7 @@ from ..training.trainer import VPNsTrainer
 from .arguments import DataArguments, ModelArguments, PruneArguments, Reference
 from .dry_run import PlannedRun, dry_run
 from .experiment import Experiment
+from .origins import dataset_origin
 from .parsing import parse_recipe
 from .prune_report import MeasuredModel, PruningReport, closing_line, measure_model, write_report
 from .speed import DENSE, measure_milliseconds
@@ -36,6 +37,7 @@ def main(arguments: Iterable[str] | None = None, default_config: Path | None = N
     logging.disable_progress_bar()  # of loading and saving weights; training keeps its own
     classes = (ModelArguments, DataArguments, VPNsTrainingArguments, PruneArguments)
     model_args, data_args, args, prune_args = parse_recipe(classes, arguments, default_config)
+    dataset = dataset_origin(data_args.dataset_name, prune_args.dataset_title)
     experiment = Experiment(model_args, data_args, args)
     if prune_args.dry_run:
         dry_run([PlannedRun(args.method, experiment, args)])
@@ -47,7 +49,7 @@ def main(arguments: Iterable[str] | None = None, default_config: Path | None = N
     references = _train_references(experiment, prune_args.references, _steps(trainer))
     rows = _rows(trainer, references)
     measured = [measure_model(name, run, experiment.eval_split("test")) for name, run in rows]
-    report = PruningReport(experiment, prune_args, trainer, references, measured)
+    report = PruningReport(experiment, prune_args, dataset, trainer, references, measured)
     if trainer.is_world_process_zero():
         measured, dense = _with_milliseconds(measured, rows)
         report = replace(report, measured=measured, dense_milliseconds=dense)

@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import numpy as np
 import yaml
-from huggingface_hub import ModelCard
 from rich.console import Console
 
 from ..data.splits import SplitView
 from ..data.tasks import TRANSFER_TASKS
+from ..latency import Machine
 from ..metrics import METRICS, predicted_classes
 from ..report.confusion import MAX_CONFUSION_CLASSES, plot_confusion
 from ..report.density import plot_density
@@ -27,6 +27,7 @@ from ..saved_folder import writing
 from ..training.trainer import VPNsTrainer
 from .arguments import PruneArguments
 from .experiment import Experiment
+from .origins import Origin, backbone_origin
 from .speed import smaller_and_faster
 
 PACKAGES = ("vpns-hf", "torch", "torchvision", "transformers", "datasets", "accelerate", "timm")
@@ -91,6 +92,7 @@ class PruningReport:
         experiment: backbone, data and arguments.
         prune_args: arguments of the program.
         trainer: trainer of the run.
+        dataset: name, licence and source of the data set.
         references: trainers of the references by method.
         measured: rows of the table; the last one is the pruned model.
         dense_milliseconds: time of one image in dense kernels; None if it was not measured.
@@ -98,6 +100,7 @@ class PruningReport:
 
     experiment: Experiment
     prune_args: PruneArguments
+    dataset: Origin
     trainer: VPNsTrainer
     references: Mapping[str, VPNsTrainer]
     measured: Sequence[MeasuredModel]
@@ -188,12 +191,13 @@ def _card(report: PruningReport) -> SubnetworkCard:
     """Create the model card: facts of this run alone."""
     experiment, trainer, folder = report.experiment, report.trainer, report.folder
     backbone, data = experiment.model_args.model_name_or_path, experiment.data_args.dataset_name
+    origin, machine = backbone_origin(backbone), Machine.this()
     return SubnetworkCard(
         title=Path(trainer.hub_model_id or folder).name,
-        repo_id=trainer.hub_model_id or folder.name,
-        base_model=_public_name(backbone),
+        repo_id=trainer.hub_model_id or Path(_portable(str(folder))).as_posix(),
+        base_model=origin.title,
         base_model_is_on_hub=not Path(backbone).is_dir(),
-        dataset=_public_name(data),
+        dataset=report.dataset.title,
         dataset_id=None if Path(data).is_dir() else TRANSFER_TASKS[data].path if data in TRANSFER_TASKS else data,
         split="test",
         images=experiment.splits["test"].num_rows,
@@ -204,6 +208,7 @@ def _card(report: PruningReport) -> SubnetworkCard:
         settings={
             "seed": str(experiment.args.seed),
             "batch size": str(experiment.args.train_batch_size),
+            "machine": f"{machine.processor}, {machine.cores} cores",
             "images": ", ".join(f"{split.num_rows:,} {name}" for name, split in experiment.splits.items()),
         },
         uses_prompt=trainer.model.config.use_prompt,
@@ -213,17 +218,10 @@ def _card(report: PruningReport) -> SubnetworkCard:
             for name, caption in CAPTIONS.items()
             if (folder / f"figures/{name}.png").is_file()
         },
-        license=report.prune_args.license or _license_of(Path(backbone)),
+        license=report.prune_args.license or origin.license,
+        dataset_license=report.dataset.license,
+        dataset_source=report.dataset.source,
     )
-
-
-def _license_of(backbone: Path) -> str | None:
-    """Return the licence that the model card of the backbone states; None without a card that can be read."""
-    source = backbone / "README.md" if backbone.is_dir() else str(backbone)
-    try:
-        return ModelCard.load(source, ignore_metadata_errors=True).data.license
-    except (OSError, ValueError):
-        return None
 
 
 def _provenance(report: PruningReport) -> str:
@@ -260,8 +258,3 @@ def _portable(value: Any) -> Any:
 
 def _is_elsewhere(value: Any) -> bool:
     return isinstance(value, str) and Path(value).is_absolute() and not Path(value).is_relative_to(Path.cwd())
-
-
-def _public_name(path: str) -> str:
-    """Name a model or data set: a Hub id as it is, a local folder by its name and that of its parent."""
-    return "/".join(Path(path).resolve().parts[-2:]) if Path(path).is_dir() else path

@@ -33,6 +33,8 @@ class SubnetworkCard:
         base_model_is_on_hub: True if `base_model` is a Hub id, which belongs in the metadata.
         dataset: name of the data set.
         dataset_id: Hub id of the data set, or None.
+        dataset_license: identifier of its licence; None where it is not known.
+        dataset_source: where it comes from, an address or a sentence; None where that is not known.
         split: split that the results were measured on.
         images: number of images of the split.
         method: description of the method, one sentence.
@@ -67,6 +69,8 @@ class SubnetworkCard:
     license: str | None = None
     version: str = __version__
     latency: LatencyReport | None = None
+    dataset_license: str | None = None
+    dataset_source: str | None = None
 
     def to_json(self) -> str:
         """Return all facts as a JSON object, which [`~SubnetworkCard.from_json`] reads."""
