@@ -362,3 +362,15 @@ def test_load_subnetwork_names_what_does_not_fit(tmp_path):
     assert len(str(error.value).splitlines()) > 10
     with pytest.raises(ValueError, match="is made for"):
         tiny_model("vit", image_mean=[0.1] * 3).load_subnetwork(tmp_path / "shared")
+
+
+def test_a_loaded_search_trains_what_the_saved_one_trained(tmp_path):
+    model = tiny_model("vit")
+    model.save_pretrained(tmp_path)
+    loaded = PromptedSparseModel.from_pretrained(tmp_path)
+    trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, loaded)]
+    assert (
+        trained[0]
+        == trained[1]
+        == {n for n, _ in model.named_parameters() if n.startswith("prompt.") or ".scores" in n}
+    )

@@ -322,3 +322,13 @@ def test_what_does_not_change_results_may_change(tmp_path):
     whole = make_trainer(tmp_path / "whole", fresh())
     whole.train()
     assert_same_state(trainer.model, whole.model)
+
+
+def test_layers_that_were_frozen_by_hand_are_refused(tmp_path):
+    """A stage would train them all the same."""
+    model = fresh()
+    model.freeze_masks()
+    model.backbone.vit.embeddings.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"1 of 14 prunable weights .*patch_embeddings.*requires_grad_\(True\)"):
+        make_trainer(tmp_path, model, method="tune")
+    make_trainer(tmp_path, model.requires_grad_(True), method="tune")

@@ -157,6 +157,9 @@ def _load(
         check_zeros(model.prunable_weights(), model.masks(), remedy)
         check_pattern(model.masks(), model.pattern, remedy)
     model._mask_gradients()
+    if model.config.state == "search":
+        # As attaching scores leaves it.
+        model.train_only("scores", "prompt", "head")
     model.image_processor = load_image_processor(name, kwargs)
     if model.image_processor is not None:
         warn_of_other_images(name, model.image_processor, model.config)

@@ -36,6 +36,7 @@ def check_model(model: Any, args: VPNsTrainingArguments, method: Method) -> None
             f"`method={args.method!r}` with `eval_prompt={args.eval_prompt!r}` needs a prompt; build the model with "
             "`prompt='pad'`, or use `method='hydra_joint'`."
         )
+    _check_trainable(model)
     if method.needs_pruned and model.config.state != "frozen":
         raise ValueError(
             f"`method={args.method!r}` needs a model that is pruned already; load one, or prune it first."
@@ -46,6 +47,18 @@ def check_model(model: Any, args: VPNsTrainingArguments, method: Method) -> None
         arguments = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
         raise ValueError(
             f"`method={args.method!r}` needs a model that was built by `from_backbone(..., {arguments})`."
+        )
+
+
+def _check_trainable(model: PromptedSparseModel) -> None:
+    """Raise where some layers were frozen by hand: a stage sets `requires_grad` of all weights alike."""
+    weights = model.prunable_weights()
+    frozen = [name for name, weight in weights.items() if not weight.requires_grad]
+    if 0 < len(frozen) < len(weights):
+        raise ValueError(
+            f"{len(frozen)} of {len(weights)} prunable weights do not require gradients, such as {frozen[0]}, but a "
+            "pruning method trains the whole backbone in its stages; call `model.requires_grad_(True)` first. "
+            "`ignore_modules=[...]` of `from_backbone` leaves layers unpruned."
         )
 
 
