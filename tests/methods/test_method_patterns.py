@@ -9,7 +9,17 @@ from helpers.training import StopAt, fresh, history, make_trainer
 from vpns_hf.masking import get_pattern, kept_count
 from vpns_hf.methods import METHODS, get_method
 
-REFUSED = {"2:4": {"rigl", "sparsegpt", "random_erk"}, "block:8": {"rigl", "sparsegpt"}}
+REFUSED = {
+    "2:4": {"rigl", "sparsegpt", "random_erk"},
+    "block:8": {"rigl", "sparsegpt"},
+    "channels": {"rigl", "sparsegpt", "random_erk", "acdc"},
+}
+REASONS = {
+    "rigl": "chooses weights one by one",
+    "sparsegpt": "chooses weights one by one",
+    "random_erk": "gives all the same|ranks channels",
+    "acdc": "lets pruned weights start again at zero",
+}
 PRUNING = [name for name, method in METHODS.items() if name != "dense" and not method.needs_pruned]
 # What the others of a kind say, too.
 QUICK = {"vpns", "vpns_gradual", "vpns_joint", "omp", "imp", "gmp", "gmp_lamp", "snip", "grasp", "wanda", "movement"}
@@ -32,15 +42,17 @@ def test_methods_end_with_exact_counts(method, pattern, tmp_path):
     model = run(tmp_path, method, patterned(method, pattern)).model
     assert model.config.state == "frozen"
     masks, weights, own = model.masks(), model.prunable_weights(), model.pattern
-    assert all(own.follows(mask) for mask in masks.values())
+    assert own.broken(masks) is None
     assert all((weights[name][~mask] == 0).all() for name, mask in masks.items())
     if pattern == "2:4":
         # At least two of four by the pattern, and two on average.
         assert model.sparsity == 0.5
         return
-    groups = {name: own.sum(mask) > 0 for name, mask in masks.items()}
+    groups = {name: sums > 0 for name, sums in own.sums(masks).items()}
     scope = next(iter(get_method(method).scopes), "global")
-    if scope == "row":
+    if pattern == "channels" and scope in ("row", "layer"):
+        assert all(int(kept.sum()) == max(1, kept_count(len(kept), SPARSITY)) for kept in groups.values())
+    elif scope == "row":
         rows = [row for kept in groups.values() for row in kept]
         assert all(int(row.sum()) == kept_count(len(row), SPARSITY) for row in rows)
     elif scope == "layer":
@@ -52,8 +64,7 @@ def test_methods_end_with_exact_counts(method, pattern, tmp_path):
 
 @pytest.mark.parametrize(("method", "pattern"), [(m, p) for p, methods in REFUSED.items() for m in sorted(methods)])
 def test_methods_that_cannot_are_refused_before_work_starts(method, pattern, tmp_path):
-    reason = "gives all the same" if method == "random_erk" else "chooses weights one by one"
-    with pytest.raises(ValueError, match=f"`method='{method}'.*{reason}"):
+    with pytest.raises(ValueError, match=f"`method='{method}'.*({REASONS[method]})"):
         run(tmp_path, method, patterned(method, pattern))
     assert not list(tmp_path.iterdir())
 
@@ -63,26 +74,27 @@ def test_another_sparsity_of_the_run_is_refused(tmp_path):
         make_trainer(tmp_path, patterned("omp", "2:4"), method="omp", sparsity=0.9)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "block:8"])
+@pytest.mark.parametrize("pattern", ["2:4", "block:8", "channels"])
 @pytest.mark.parametrize("family", ["resnet", "mobilenet_v2"])
 def test_convolutional_networks(family, pattern, tmp_path):
     model = run(tmp_path, "vpns_gradual", patterned("vpns_gradual", pattern, family=family)).model
-    assert all(model.pattern.follows(mask) for mask in model.masks().values())
+    assert model.pattern.broken(model.masks()) is None
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "block:8"])
+@pytest.mark.parametrize("pattern", ["2:4", "block:8", "channels"])
 @pytest.mark.parametrize("start", ["lamp", "snip", "magnitude"])
 def test_starts_of_scores(start, pattern, tmp_path):
     model = run(tmp_path, "hydra", patterned("hydra", pattern), score_start=start).model
-    assert all(model.pattern.follows(mask) for mask in model.masks().values())
+    assert model.pattern.broken(model.masks()) is None
 
 
-def test_learned_scores_of_blocks_move_masks(tmp_path):
-    trainer = run(tmp_path, "vpns_gradual", patterned("vpns_gradual", "block:8"), logging_steps=1)
+@pytest.mark.parametrize("pattern", ["block:8", "channels"])
+def test_learned_scores_of_groups_move_masks(pattern, tmp_path):
+    trainer = run(tmp_path, "vpns_gradual", patterned("vpns_gradual", pattern), logging_steps=1)
     assert any(entry.get("mask_flips") for entry in trainer.logs()["search"])
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "block:8"])
+@pytest.mark.parametrize("pattern", ["2:4", "block:8", "channels"])
 @pytest.mark.parametrize(("method", "stage"), [("vpns_gradual", "search"), ("vpns_joint", "joint"), ("gmp", "tune")])
 def test_resume_equals_the_uninterrupted_run(method, stage, pattern, tmp_path):
     settings = dict(method=method, save_strategy="steps", save_steps=2, total_max_steps=14, head_warm_up_epochs=0.5)

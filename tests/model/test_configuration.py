@@ -28,6 +28,10 @@ WRONG = {
     "sparsity": [1.0, -0.1, 1.5, NAN, INF, "0.9", True, None, [0.9]],
     "scope": ["rows", None, "Global", ["global"]],
     "pattern": ["5:4", "block:1", "blocks", "2:4 ", None, 24, ["2:4"]],
+    "channel_groups": ["fc1", [], [[2]], [[0, [["a", 0, 0, 1]], []]], [[2, [], []]], [[2, [["a", 2, 0, 1]], []]]],
+    "weight_positions": [3, {"a": -1}, {"a": 1.5}, ["a"]],
+    "channel_budget": ["flops", None, "macs:0.5", 1],
+    "channel_multiple": [0, 8.0, True, None, 10**6],
     "signed_scores": ["no", 0, None],
     "ignore_modules": ["head", [1], [""], None, ["x" * 501], {"a": 1}, ["a"] * 10_001],
     "head_parameters": ["classifier.weight", [None], 3],
@@ -46,6 +50,9 @@ WRONG = {
 }
 WRONG_TOGETHER = [
     (dict(sparsity=1, state="dense"), "`sparsity` is 1"),
+    (dict(channel_groups=[[2, [["a", 0, 0, 1]], []]]), "are of `pattern='channels'` alone"),
+    (dict(channel_multiple=8), "are of `pattern='channels'` alone"),
+    (dict(pattern="channels", channel_groups=None), "`channel_groups` is None"),
     (dict(use_prompt=True, prompt=None), "`use_prompt` is True, but `prompt` is None"),
     (dict(image_std=[0.5] * 2), "`image_mean` has 3 values and `image_std` 2"),
     (dict(image_mean=[0.5], image_std=[0.5]), "`image_mean` has 1 values, and the backbone takes 3 channels"),

@@ -586,3 +586,21 @@ def test_the_copy_is_plain_and_leaves_the_original_usable():
     assert torch.equal(model(image, use_prompt=False).logits, expected)
     frozen = in_state("frozen")
     assert all(not weight._backward_hooks for weight in dense_copy(frozen).prunable_weights().values())
+
+
+def test_group_magnitude_by_hand():
+    """Two layers whose weights differ tenfold get the same scores."""
+    model = tiny_model("vit")
+    names = list(model.masks())[:2]
+    model.detach_scores()
+    with torch.no_grad():
+        for scale, name in zip((1.0, 10.0), names, strict=True):
+            weight = model.prunable_weights()[name]
+            weight.fill_(scale)
+            weight[0] *= 3
+    scores = score_weights("group_magnitude", model, [])
+    for name in names:
+        rows = len(scores[name])
+        mean = (9 + rows - 1) / rows
+        torch.testing.assert_close(scores[name][0], torch.full_like(scores[name][0], 9 / mean))
+        torch.testing.assert_close(scores[name][1:], torch.full_like(scores[name][1:], 1 / mean))

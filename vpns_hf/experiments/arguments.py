@@ -8,6 +8,7 @@ from ..data.checks import LOADING
 from ..data.transforms import AUGMENTATIONS
 from ..masking.patterns import get_pattern
 from ..methods.table import get_method
+from ..model.checks import split_budget
 from ..model.configuration_checks import FIELDS
 from ..values import (
     FRACTION,
@@ -28,6 +29,8 @@ MODEL: dict[str, Check] = {
     **{
         name: FIELDS[name] for name in ("scope", "pattern", "prompt", "prompt_size", "label_mapping", "ignore_modules")
     },
+    "budget": optional(NAME),
+    "channel_multiple": FIELDS["channel_multiple"],
     "prompt_inner_size": optional(count(1, 2**14)),
     "image_size": optional(count(1, 2**14)),
 }
@@ -56,7 +59,16 @@ class ModelArguments:
     scope: str = field(default="global", metadata={"help": "Ranking of weights: global, layer or erk."})
     pattern: str = field(
         default="unstructured",
-        metadata={"help": "What is pruned together: unstructured, n:m such as 2:4, or blocks such as block:32."},
+        metadata={
+            "help": "What is pruned together: unstructured, n:m such as 2:4, blocks such as block:32, or channels."
+        },
+    )
+    budget: str | None = field(
+        default=None,
+        metadata={"help": "Channels alone: unit of the sparsity, channels, parameters or macs, as in macs:0.5."},
+    )
+    channel_multiple: int = field(
+        default=1, metadata={"help": "Channels alone: number that widths are multiples of, such as 8."}
     )
     prompt: str | None = field(
         default="pad", metadata={"help": "Visual prompt: pad, fixed, random, expand, stripe, lowrank, or none."}
@@ -88,6 +100,7 @@ class ModelArguments:
             self.prompt = None
         check_fields(self, MODEL)
         get_pattern(self.pattern)
+        split_budget(self.budget, None)
 
 
 @dataclass

@@ -155,6 +155,8 @@ class Experiment:
             sparsity=args.sparsity,
             scope=wanted.scope,
             pattern=wanted.pattern,
+            budget=wanted.budget,
+            channel_multiple=wanted.channel_multiple,
             prompt=wanted.prompt,
             prompt_size=wanted.prompt_size,
             prompt_inner_size=wanted.prompt_inner_size,

@@ -21,10 +21,12 @@ from .frozen import (
     unfreeze,
     zero_masked_weights,
 )
-from .patterns import UNSTRUCTURED, Pattern, get_pattern
+from .pattern import Pattern
+from .patterns import UNSTRUCTURED, get_pattern
 from .prunable import MASK_SUFFIX, PrunableWeight, all_kept, dense_state, find_prunable_weights, stored_weight
-from .search import MaskedWeight, attach_scores, detach_scores, masked_weights, update_masks
-from .selection import SCOPES, erk_densities, kept_count, select_masks
+from .search import MaskedWeight, attach_scores, detach_scores, masked_weights, scored, shard_masks, update_masks
+from .selection import SCOPES, erk_densities, select_masks
+from .topk import kept_count
 
 __all__ = [
     "MASK_SUFFIX",
@@ -53,7 +55,9 @@ __all__ = [
     "mask_gradients",
     "masked_weights",
     "nonzero_or_kept",
+    "scored",
     "select_masks",
+    "shard_masks",
     "stored_weight",
     "unfreeze",
     "update_masks",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import sharding
-from .patterns import Pattern
+from .pattern import Pattern
 from .prunable import MASK_SUFFIX, PrunableWeight, stored_weight
 from .topk import overwrite_masks
 from .zeros import masked, write_zeros
@@ -68,9 +68,10 @@ def check_pattern(masks: Mapping[str, Tensor], pattern: Pattern, remedy: str) ->
     Raises:
         ValueError: names the first of them.
     """
-    for name, mask in masks.items():
-        if not mask.is_meta and not pattern.follows(sharding.whole(mask)):
-            raise ValueError(f"The mask of {name} does not have the pattern {pattern.name!r}; {remedy}.")
+    if any(mask.is_meta for mask in masks.values()):
+        return
+    if (name := pattern.broken({name: sharding.whole(mask) for name, mask in masks.items()})) is not None:
+        raise ValueError(f"The mask of {name} does not have the pattern {pattern.name!r}; {remedy}.")
 
 
 def freeze(prunables: Mapping[str, PrunableWeight], masks: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
 """Patterns: the entries of a mask that are ranked together, and kept or pruned together.
 
-Selection, learned scores, schedules, methods and storage know a pattern only by the methods of [`Pattern`]. The score
-of a group is the sum of its weights' scores: to first order, removing a group costs what removing its weights costs,
-and every group takes one entry of the budget, whatever its size.
+The rest of the library knows a pattern only by the methods of [`Pattern`]. The score of a group is the sum of its
+weights' scores: to first order, removing a group costs what removing its weights costs, and every group takes one
+entry of the budget, whatever its size.
 """
 
 from __future__ import annotations
@@ -17,94 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .channels import CHANNELS, Channels
+from .pattern import Pattern
+
 _LARGEST_GROUP, _LARGEST_SIDE = 64, 1024
-# Sparsities that people write with three digits, such as 0.667 for 1:3, are taken for the exact one.
-_ROUNDING = 1e-3
-
-
-class Pattern:
-    """Base of all patterns: every weight is a group of its own, `"unstructured"`."""
-
-    # The sparsity that the pattern fixes, which is also the largest; None: any.
-    sparsity: float | None = None
-    # Whether a group spans several rows (entries of the first dimension), so that rows cannot be split or reordered.
-    spans_rows = False
-
-    @property
-    def name(self) -> str:
-        """Return the name that [`get_pattern`] reads."""
-        return "unstructured"
-
-    def fits(self, shape: torch.Size) -> bool:
-        """Return whether weights of this shape can be pruned in the pattern; others stay dense."""
-        return True
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum values of the shape of a weight over each group: the shape of its scores, which follows from that."""
-        return values
-
-    def expand(self, groups: Tensor, shape: torch.Size) -> Tensor:
-        """Give every weight of a tensor of this shape the value of its group; contiguous where it is no input."""
-        return groups
-
-    def initial(self, scores: Tensor) -> Tensor:
-        """Return the start of learned scores from initial scores of the shape of a weight.
-
-        That of a group is the sum of absolute values over the size of a whole group, so that scores and their learning
-        rates have the size of those of single weights.
-        """
-        return scores
-
-    def take_rows(self, scores: Tensor, shape: torch.Size, rows: Tensor) -> Tensor:
-        """Return the learned scores of some rows of a weight of this shape, in their new order.
-
-        A group of rows from several groups gets from each the share that those rows have of it.
-        """
-        return scores[rows]
-
-    def ranked(self, scores: Tensor) -> Tensor:
-        """Return the scores of groups as they are ranked: infinite where the pattern keeps them in any case."""
-        return scores
-
-    def follows(self, mask: Tensor) -> bool:
-        """Return whether a mask of the shape of a weight has the pattern, or has not reached it yet."""
-        return True
-
-    def final_sparsity(self, sparsity: float | None) -> float:
-        """Return the sparsity to prune to, 0.9 where neither the caller nor the pattern gives one.
-
-        Raises:
-            ValueError: the pattern fixes another one; 0 is always taken.
-        """
-        if self.sparsity is None or sparsity == 0:
-            return 0.9 if sparsity is None else sparsity
-        # NaN compares with nothing.
-        if sparsity is not None and not abs(sparsity - self.sparsity) <= _ROUNDING:
-            raise ValueError(
-                f"`sparsity` is {sparsity}, but `pattern={self.name!r}` fixes it at {self.sparsity:.4g}; pass that "
-                "or none, or choose another pattern."
-            )
-        return self.sparsity
-
-    def check(self, sparsity: float, scope: str) -> None:
-        """Refuse a sparsity or scope that masks of the pattern cannot have.
-
-        Raises:
-            ValueError: there is a largest sparsity, and this is larger; or scope `"erk"`, where every layer has the
-                same sparsity.
-        """
-        if self.sparsity is None:
-            return
-        if sparsity > self.sparsity + 1e-12:
-            raise ValueError(
-                f"`sparsity` is {sparsity}, and `pattern={self.name!r}` removes at most {self.sparsity:.4g}; lower "
-                "it, or choose another pattern."
-            )
-        if scope == "erk":
-            raise ValueError(
-                f"`scope='erk'` gives layers different sparsities, and `pattern={self.name!r}` gives all the same; "
-                "use 'global'."
-            )
 
 
 @dataclass(frozen=True)
@@ -144,7 +60,7 @@ class KeptOfEvery(Pattern):
         """Return the sparsity of a mask in which every group keeps exactly n."""
         return 1 - self.kept / self.group
 
-    def fits(self, shape: torch.Size) -> bool:
+    def fits(self, weight: str, shape: torch.Size) -> bool:
         """Return whether the input dimension is a multiple of m."""
         return shape[1] % self.group == 0
 
@@ -186,6 +102,7 @@ class Blocks(Pattern):
     side: int
 
     spans_rows = True
+    frees_rows = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.side <= _LARGEST_SIDE:
@@ -230,12 +147,13 @@ _PATTERNS: dict[str, Callable[..., Pattern]] = {
     "unstructured": Pattern,
     r"(\d{1,4}):(\d{1,4})": KeptOfEvery,
     r"block:(\d{1,5})": Blocks,
+    CHANNELS: Channels,
 }
 
 
 @functools.cache
 def get_pattern(name: str) -> Pattern:
-    """Look up a pattern by its name: `"unstructured"`, `"n:m"` such as `"2:4"`, or `"block:side"`.
+    """Look up a pattern by its name: `"unstructured"`, `"n:m"` such as `"2:4"`, `"block:side"`, or `"channels"`.
 
     Raises:
         ValueError: there is none of that name, or its numbers are out of range.
@@ -243,7 +161,9 @@ def get_pattern(name: str) -> Pattern:
     for expression, pattern in _PATTERNS.items():
         if match := re.fullmatch(expression, name, flags=re.ASCII):
             return pattern(*map(int, match.groups()))
-    raise ValueError(f"`pattern` is {name[:40]!r}; expected 'unstructured', n:m such as '2:4', or 'block:32'.")
+    raise ValueError(
+        f"`pattern` is {name[:40]!r}; expected 'unstructured', n:m such as '2:4', 'block:32', or 'channels'."
+    )
 
 
 UNSTRUCTURED = get_pattern("unstructured")

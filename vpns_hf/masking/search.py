@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import sharding
-from .frozen import overwrite
-from .patterns import UNSTRUCTURED, Pattern
+from .frozen import mask_gradients, overwrite
+from .pattern import Pattern
+from .patterns import UNSTRUCTURED
 from .precision import FixedPrecision
-from .prunable import PrunableWeight, parametrizations, stored_weight
+from .prunable import MASK_SUFFIX, PrunableWeight, parametrizations, stored_weight
 from .recomputation import can_recompute
-from .selection import expand, select
+from .selection import select, split_like
 from .zeros import masked
 
 
@@ -105,18 +106,24 @@ def attach_scores(
 ) -> None:
     """Parametrize dense weights with [`MaskedWeight`], all kept until a mask is selected (dense to search).
 
-    Scores start at [`initial_scores`], see [`Pattern.initial`]; signed ones at zero (movement pruning, arXiv
-    2005.07683).
+    Scores start at [`initial_scores`], see [`Pattern.start`]; signed ones at zero (movement pruning, arXiv
+    2005.07683). Weights that hold no scores of the pattern stay plain.
     """
-    for prunable in prunables.values():
-        weight = initial_scores(stored_weight(prunable))
-        scores, mask = pattern.initial(weight), torch.ones_like(weight, dtype=torch.bool)
-        masked = MaskedWeight(torch.zeros_like(scores) if signed else scores, mask, signed, pattern)
+    weights = {name: stored_weight(prunable) for name, prunable in prunables.items()}
+    for name, prunable in scored(prunables, pattern).items():
+        scores = pattern.start(name, lambda other: initial_scores(weights[other]))
+        mask = torch.ones_like(weights[name], dtype=torch.bool)
+        masked = MaskedWeight(torch.zeros_like(scores) if signed else scores, mask, signed, pattern.of(name))
         parametrize.register_parametrization(prunable.module, prunable.tensor_name, masked, unsafe=True)
 
 
+def scored(prunables: Mapping[str, PrunableWeight], pattern: Pattern) -> dict[str, PrunableWeight]:
+    """Return the prunable weights that hold learned scores in the search state."""
+    return {name: prunable for name, prunable in prunables.items() if pattern.learns(name)}
+
+
 def detach_scores(prunables: Mapping[str, PrunableWeight]) -> None:
-    """Remove scores and masks and restore the stored weights (search to dense)."""
+    """Remove scores and masks and restore the stored weights (search to dense); of weights that hold scores."""
     # Backwards, so that several weights of one module end in their own order.
     for prunable in reversed(list(prunables.values())):
         _unshare_class(prunable.module)
@@ -142,7 +149,7 @@ def _move_to_front(parameters: dict[str, Any], name: str) -> None:
 
 
 def masked_weights(prunables: Mapping[str, PrunableWeight]) -> dict[str, MaskedWeight]:
-    """Return the parametrization of each weight by weight name; search state only."""
+    """Return the parametrization of each weight that holds scores by weight name; search state only."""
     return {name: cast(MaskedWeight, parametrizations(prunable)[0]) for name, prunable in prunables.items()}
 
 
@@ -150,9 +157,29 @@ def masked_weights(prunables: Mapping[str, PrunableWeight]) -> dict[str, MaskedW
 def update_masks(
     prunables: Mapping[str, PrunableWeight], sparsity: float, scope: str, pattern: Pattern = UNSTRUCTURED
 ) -> int:
-    """Select new masks from the scores and return the number of entries that changed."""
+    """Select new masks of weights that hold scores from these, and return the number of entries that changed."""
     parts = masked_weights(prunables)
     scores = {name: part.scores for name, part in parts.items()}
     masks = {name: part.mask for name, part in parts.items()}
     signed = any(part.signed for part in parts.values())
-    return overwrite(masks, expand(select(scores, sparsity, scope, pattern, magnitude=not signed), masks, pattern))
+    kept = select(pattern.merged(scores, magnitude=not signed), sparsity, scope, pattern, magnitude=not signed)
+    return overwrite(masks, split_like(pattern.applied(kept, masks), masks))
+
+
+def shard_masks(prunables: Mapping[str, PrunableWeight], state: str) -> None:
+    """Shard masks like their weights; in the frozen state, register gradient hooks on the shards.
+
+    Args:
+        prunables: sharded weights that have a mask, by name.
+        state: state of the model, `"search"` or `"frozen"`.
+    """
+    for prunable in prunables.values():
+        weight = stored_weight(prunable)
+        if state == "search":
+            masked_weight = cast(MaskedWeight, parametrizations(prunable)[0])
+            masked_weight.mask = sharding.split_like(masked_weight.mask, weight)
+        else:
+            name = prunable.tensor_name + MASK_SUFFIX
+            setattr(prunable.module, name, sharding.split_like(prunable.module.get_buffer(name), weight))
+    if state == "frozen":
+        mask_gradients(prunables)

@@ -8,22 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..values import FRACTION, is_number, one_of, require, shortened
+from ..values import one_of, require, shortened
 from . import sharding
-from .patterns import UNSTRUCTURED, Pattern
+from .channel_selection import select_channels
+from .channels import Channels
+from .pattern import Pattern
+from .patterns import UNSTRUCTURED
 from .sharded_topk import RankedGroup, refuse_nan, select_on_shards
-from .topk import NAN_SCORES, top_k_mask
-
-
-def kept_count(total: int, sparsity: float) -> int:
-    """Return the number of weights kept out of `total`: `round((1 - sparsity) * total)`, half to even.
-
-    Raises:
-        ValueError: `sparsity` is not in [0, 1].
-    """
-    if not is_number(sparsity, 0, 1):
-        require("sparsity", sparsity, FRACTION)
-    return round((1 - sparsity) * total)
+from .topk import NAN_SCORES, kept_count, top_k_mask
 
 
 def erk_densities(shapes: Mapping[str, torch.Size], sparsity: float) -> dict[str, float]:
@@ -72,7 +64,11 @@ def _keep_largest_in_rows(score: Tensor, sparsity: float) -> Tensor:
 
 @torch.no_grad()
 def select_masks(
-    scores: Mapping[str, Tensor], sparsity: float, scope: str = "global", pattern: Pattern = UNSTRUCTURED
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    scope: str = "global",
+    pattern: Pattern = UNSTRUCTURED,
+    within: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Select masks that keep exactly the largest scores.
 
@@ -86,6 +82,7 @@ def select_masks(
             `round((1 - sparsity) * row)` in each output row, which is the first dimension with all others flattened.
         pattern: pattern of the masks, of [`get_pattern`]. Groups of weights are ranked by the sum of their scores, and
             N, shapes and rows are those of groups.
+        within: earlier masks; groups that these prune come last, as their scores of 0 are more than negative ones.
 
     Returns:
         One contiguous bool tensor per score, sharded as it is, True where the weight is kept. Ties are broken by the
@@ -95,18 +92,22 @@ def select_masks(
         ValueError: sparsity outside [0, 1] or above that of the pattern, unknown scope, no scores, or NaN among them.
     """
     _check_scores(scores, scope)
+    groups = _sums(scores, pattern)
+    if within is not None:
+        counts = _sums(within, pattern)
+        groups = {name: score.masked_fill(counts[name] == 0, -math.inf) for name, score in groups.items()}
+    kept = select(groups, sparsity, scope, pattern, magnitude=False)
+    return split_like(pattern.expanded(kept, scores), scores)
+
+
+def _sums(values: Mapping[str, Tensor], pattern: Pattern) -> Mapping[str, Tensor]:
     # Groups that span rows may lie on several processes.
-    values = _gathered(scores) if pattern.spans_rows else scores
-    groups = {name: pattern.sum(value) for name, value in values.items()}
-    return expand(select(groups, sparsity, scope, pattern, magnitude=False), scores, pattern)
+    return pattern.sums(_gathered(values) if pattern.spans_rows else values)
 
 
-def expand(groups: Mapping[str, Tensor], weights: Mapping[str, Tensor], pattern: Pattern) -> dict[str, Tensor]:
-    """Give every weight the entry of its group in a mask of groups, sharded like the tensors `weights`."""
-    return {
-        name: sharding.split_like(pattern.expand(mask, weights[name].shape), weights[name])
-        for name, mask in groups.items()
-    }
+def split_like(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Shard masks like the tensors `weights`."""
+    return {name: sharding.split_like(mask, weights[name]) for name, mask in masks.items()}
 
 
 def _gathered(scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -133,6 +134,8 @@ def select(
     pattern.check(sparsity, scope)
     if pattern.spans_rows:
         scores = _gathered(scores)
+    if isinstance(pattern, Channels):
+        return select_channels(_ranked(scores, magnitude), sparsity, scope, pattern)
     if pattern.sparsity is not None:
         scores, magnitude = _guaranteed(_ranked(scores, magnitude), pattern), False
     if sharding.is_sharded(scores.values()):

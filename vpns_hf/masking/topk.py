@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..values import FRACTION, is_number, require
+
 NAN_SCORES = "Scores contain NaN, so no mask can be selected; lower the learning rate of the scores."
 # Entries processed at a time, so that temporaries stay in the cache.
 _PIECE = 2**17
@@ -23,6 +25,17 @@ _PIECE = 2**17
 _SAMPLE = 2**16
 # Standard deviations of the sample's quantile on either side of the threshold; a miss costs time, not exactness.
 _DEVIATIONS = 5
+
+
+def kept_count(total: int, sparsity: float) -> int:
+    """Return the number of weights kept out of `total`: `round((1 - sparsity) * total)`, half to even.
+
+    Raises:
+        ValueError: `sparsity` is not in [0, 1].
+    """
+    if not is_number(sparsity, 0, 1):
+        require("sparsity", sparsity, FRACTION)
+    return round((1 - sparsity) * total)
 
 
 @torch.no_grad()

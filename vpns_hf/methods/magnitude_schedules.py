@@ -92,6 +92,7 @@ class AlternatingCompression(MaskSchedule):
     last_dense: float = 0.1
     final: float = 0.15
 
+    revives_weights = True
     moves = True
     changes_frozen_masks = True
 

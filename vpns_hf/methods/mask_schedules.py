@@ -54,6 +54,8 @@ class MaskSchedule:
     moves = False
     # Whether weights are chosen one by one, not in the groups of a pattern.
     picks_single_weights = False
+    # Whether pruned weights start again at zero, which needs neighbours that are not.
+    revives_weights = False
     # Whether the mask changes by gradients of pruned weights.
     uses_dense_gradients = False
     # Whether the mask changes while weights train, so that optimizer state must be dropped with it.

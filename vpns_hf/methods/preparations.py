@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,9 +77,7 @@ class Select:
             sparsity = 1 - (1 - start.sparsity) ** (turn / self.rounds) if turn < self.rounds else start.sparsity
             masks = model.masks()
             scores = score_weights(self.score, model, batches, masks=masks, loss=start.loss, **options)
-            # A pruned weight must not win against a kept one whose score is lower than its own, as signed ones can be.
-            survivors = {name: score.masked_fill(~masks[name], -math.inf) for name, score in scores.items()}
-            selected = select_masks(survivors, sparsity, self.scope or model.config.scope, model.pattern)
+            selected = select_masks(scores, sparsity, self.scope or model.config.scope, model.pattern, within=masks)
             if any((mask & ~masks[name]).any() for name, mask in selected.items()):
                 raise ValueError(
                     f"The model is pruned to {model.sparsity:.2%} already, so that a mask of {sparsity:.2%} sparsity "
@@ -107,7 +104,7 @@ class StartScores:
         if model.config.state == "dense":
             model.attach_scores()
         for name, score in model.scores().items():
-            score.copy_(model.pattern.initial(values[name]))
+            score.copy_(model.pattern.start(name, values.__getitem__))
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,11 @@ class Method:
         )
 
     @property
+    def revives_weights(self) -> bool:
+        """Return whether pruned weights start again at zero in a stage."""
+        return any(stage.masks.revives_weights for stage in self._unrolled)
+
+    @property
     def scopes(self) -> set[str]:
         """Return the scopes that its stages set themselves."""
         before = [step for stage in self._unrolled for step in stage.before]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..masking.channels import CHANNELS, UNITS
 from ..masking.patterns import get_pattern
-from ..values import FLAG, FRACTION, PATH, Check, count, either, instance_of, optional
+from ..values import FLAG, FRACTION, PATH, Check, count, either, instance_of, is_number, optional
 from .configuration_checks import FIELDS, LABEL_COUNT
 from .tensor_shapes import build_backbone
 
@@ -28,12 +30,14 @@ def _is_processor(value: Any) -> bool:
     return value is None or isinstance(value, transformers.BaseImageProcessor)
 
 
+BUDGET = "'channels', 'parameters' or 'macs', alone or with a share to remove, such as 'macs:0.5'"
 _SIDES = either(count(1, 2**14), FIELDS["image_size"])
 SETTINGS: dict[str, Check] = {
     "backbone": Check("a Hub id, a local folder or a model object", either(PATH, instance_of(nn.Module)).accepts),
     "sparsity": optional(FRACTION),
     **{name: FIELDS[name] for name in ("scope", "prompt", "prompt_size", "label_mapping", "keep_source_head")},
-    **{name: FIELDS[name] for name in ("ignore_modules", "image_mean", "image_std")},
+    **{name: FIELDS[name] for name in ("ignore_modules", "image_mean", "image_std", "channel_multiple")},
+    "budget": optional(Check(BUDGET, lambda value: isinstance(value, str))),
     "new_head": optional(FLAG),
     "num_labels": optional(LABEL_COUNT),
     "prompt_inner_size": _SIDES,
@@ -54,6 +58,28 @@ def check_settings(label_mapping: str | None, new_head: bool | None, labels: Map
             "A label mapping keeps the pretrained head: pass `num_labels` or `id2label` of the task, and no "
             "`new_head`."
         )
+
+
+def split_budget(budget: str | None, sparsity: float | None) -> tuple[str, float | None]:
+    """Return the unit of a budget and the sparsity in that unit.
+
+    Args:
+        budget: a unit of [`UNITS`], with `":share"` where that is the sparsity; None: channels.
+        sparsity: sparsity that is passed beside it, if any.
+
+    Raises:
+        ValueError: there is no such budget, or both give a share.
+    """
+    unit, colon, share = (CHANNELS if budget is None else budget).partition(":")
+    try:
+        wanted = float(share) if colon else sparsity
+    except ValueError:
+        wanted = math.nan
+    if unit not in UNITS or (colon and not is_number(wanted, 0, 1)):
+        raise ValueError(f"`budget` is {budget!r}; expected {BUDGET}.")
+    if colon and sparsity is not None and sparsity != wanted:
+        raise ValueError(f"`budget` is {budget!r} and `sparsity` {sparsity}; pass the share to remove once.")
+    return unit, wanted
 
 
 def final_sparsity(sparsity: float | None, scope: str, pattern: str) -> float:
@@ -87,12 +113,11 @@ def check_prunable(model: PromptedSparseModel) -> None:
     if not model.prunables():
         raise ValueError(
             f"{type(model.backbone).__name__} has no prunable weight: no linear or convolution layer outside "
-            f"`ignore_modules` and a new head whose shape takes the pattern {model.pattern.name!r}."
+            f"`ignore_modules` and a new head that takes the pattern {model.pattern.name!r}."
         )
     if dense := model.unpatterned_weights():
         logger.warning(
-            "%d weights stay dense, because their shapes do not take the pattern %s, and do not count in the "
-            "sparsity: %s",
+            "%d weights stay dense, because they do not take the pattern %s, and do not count in the sparsity: %s",
             len(dense),
             model.pattern.name,
             ", ".join(dense),
@@ -216,7 +241,7 @@ def image_channels(model: nn.Module) -> int:
 @torch.no_grad()
 def _logits(model: PreTrainedModel, image: Tensor) -> Tensor:
     try:
-        with _evaluating(model):
+        with evaluating(model):
             return model(pixel_values=image).logits.float()
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(
@@ -226,7 +251,7 @@ def _logits(model: PreTrainedModel, image: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Set a model to evaluation mode, and every module back to its own mode at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

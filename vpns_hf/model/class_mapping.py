@@ -54,7 +54,7 @@ def _group_scores(model: PromptedSparseModel, mapped: list[int]) -> dict[str, Te
 
 def _slice_head(model: PromptedSparseModel, mapped: list[int]) -> None:
     model.gather_shards()
-    if model.config.state == "frozen" and model.pattern.spans_rows and model.sparsity:
+    if model.config.state == "frozen" and not model.pattern.frees_rows and model.sparsity:
         raise ValueError(
             f"The masks are frozen in the pattern {model.pattern.name!r}, and a label mapping would cut through them "
             "in the head; set it before `freeze_masks()`, or build the model with `keep_source_head=True`."

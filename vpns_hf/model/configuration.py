@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..masking.channels import CHANNELS
 from .backbone_config import check_backbone, rebuild_config
 from .configuration_checks import FIELDS, check_fields, check_labels, check_together, shortened
 
@@ -35,7 +36,16 @@ class PromptedSparseConfig(PreTrainedConfig):
             What is ranked together: `"global"`, `"layer"` or `"erk"` (see [`masking.select_masks`]).
         pattern (`str`, defaults to `"unstructured"`):
             What is kept or pruned together (see [`masking.patterns`]): `"unstructured"`, `"n:m"` such as `"2:4"`, or
-            `"block:side"` such as `"block:32"`.
+            `"block:side"` such as `"block:32"`, or `"channels"`.
+        channel_groups (`list`, *optional*):
+            With `"channels"`, the groups of channels: for each their number, and rows [tensor, dimension, first index,
+            indices a channel] of weights and of other tensors (see [`masking.channels.ChannelSlices`]).
+        weight_positions (`dict[str, int]`, *optional*):
+            With `"channels"`, how often one image is multiplied by each weight of a linear or convolution layer.
+        channel_budget (`str`, defaults to `"channels"`):
+            Unit of the sparsity of `"channels"`: `"channels"`, `"parameters"` or `"macs"`.
+        channel_multiple (`int`, defaults to `1`):
+            Number that widths are multiples of where channels are pruned.
         signed_scores (`bool`, defaults to `False`):
             In the search state: whether masks rank the scores themselves instead of their absolute values.
         ignore_modules (`list[str]`):
@@ -78,6 +88,10 @@ class PromptedSparseConfig(PreTrainedConfig):
     sparsity: float = 0.9
     scope: str = "global"
     pattern: str = "unstructured"
+    channel_groups: list[Any] | None = None
+    weight_positions: dict[str, int] | None = None
+    channel_budget: str = CHANNELS
+    channel_multiple: int = 1
     signed_scores: bool = False
     ignore_modules: list[str] | tuple[str, ...] = ()
     head_parameters: list[str] | tuple[str, ...] = ()

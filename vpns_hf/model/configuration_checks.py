@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..label_mapping import LABEL_MAPPINGS
+from ..masking.channels import CHANNELS, UNITS
 from ..masking.patterns import get_pattern
 from ..masking.selection import SCOPES
 from ..values import FLAG, NAMES, Check, are, check_values, count, is_count, is_number, one_of, optional, shortened
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 STATES = ("dense", "search", "frozen")
 LABEL_MAPPING_STATES = ("unset", "open", "final")
 _MAX_SIDE, _MAX_CHANNELS = 2**14, 64
+# Far above those of any image classifier.
+_MAX_GROUPS, _MAX_WIDTH = 2**14, 2**20
 _LARGEST, _SMALLEST_STD = 1e6, 1e-6
 
 
@@ -27,11 +30,49 @@ _SIDES = Check(
 )
 _CHANNELS = range(1, _MAX_CHANNELS + 1)
 LABEL_COUNT = count(1, MAX_LABELS)
+
+
+def _is_slices(value: Any) -> bool:
+    """Return whether a value is a row of tensor, dimension, first index and indices a channel."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 4
+        and isinstance(value[0], str)
+        and is_count(value[1], 0, 1)
+        and is_count(value[2], 0, _MAX_WIDTH)
+        and is_count(value[3], 1, _MAX_WIDTH)
+    )
+
+
+def _is_group(value: Any) -> bool:
+    """Return whether a value is a group of channels: their number, and rows of weights and of other tensors."""
+    rows = range(_MAX_GROUPS)
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and is_count(value[0], 1, _MAX_WIDTH)
+        and are(value[1], rows[1:], _is_slices)
+        and are(value[2], rows, _is_slices)
+    )
+
+
+def _are_positions(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and is_count(number, 0) for name, number in value.items()
+    )
+
+
 FIELDS = {
     "state": one_of(STATES),
     "sparsity": Check("a fraction in [0, 1)", lambda value: is_number(value, 0, 1)),
     "scope": one_of(SCOPES),
     "pattern": Check("a name, such as '2:4'", lambda value: isinstance(value, str)),
+    "channel_groups": optional(
+        Check("a list of groups of channels", lambda value: are(value, range(1, _MAX_GROUPS), _is_group))
+    ),
+    "weight_positions": optional(Check("a count for each weight", _are_positions)),
+    "channel_budget": one_of(UNITS),
+    "channel_multiple": count(1, 1024),
     "signed_scores": FLAG,
     "ignore_modules": NAMES,
     "head_parameters": NAMES,
@@ -109,10 +150,22 @@ def check_together(config: PromptedSparseConfig) -> None:
     if config.sparsity == 1 and config.state != "frozen":
         raise ValueError("`sparsity` is 1, which leaves no weight; expected a fraction in [0, 1).")
     get_pattern(config.pattern).check(config.sparsity, config.scope)
+    _check_channel_fields(config)
     if config.use_prompt and config.prompt is None:
         raise ValueError("`use_prompt` is True, but `prompt` is None; name a prompt, or set `use_prompt` to False.")
     _check_channels(config)
     _check_mapping(config)
+
+
+def _check_channel_fields(config: PromptedSparseConfig) -> None:
+    fields = (config.channel_groups, config.channel_budget, config.channel_multiple)
+    if config.pattern != CHANNELS and fields != (None, CHANNELS, 1):
+        raise ValueError(
+            "`channel_groups`, `budget` and `channel_multiple` are of `pattern='channels'` alone, and the pattern is "
+            f"{config.pattern!r}."
+        )
+    if config.pattern == CHANNELS and config.backbone_config is not None and config.channel_groups is None:
+        raise ValueError("`channel_groups` is None; `from_backbone(..., pattern='channels')` finds the groups.")
 
 
 def _check_channels(config: PromptedSparseConfig) -> None:

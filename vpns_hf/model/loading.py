@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,19 +81,14 @@ def no_larger_than(size: int) -> Iterator[None]:
     Raises:
         ValueError: the model registers more than twice the entries that the files could hold.
     """
-    limit, thread, entries, tensors = _FACTOR * size + _SPARE_ENTRIES, threading.get_ident(), 0, 0
+    counter = _EntryCounter(size)
 
     def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal entries, tensors
-        if tensor is None or not tensor.is_meta or threading.get_ident() != thread:
-            return
-        entries, tensors = entries + tensor.numel(), tensors + 1
-        if entries > limit or tensors > size // _HEADER_ENTRY + _SPARE_TENSORS:
-            raise ValueError(
-                f"The configuration describes a model of more than {entries:,} entries, and the weight files hold "
-                f"{size:,} bytes; they do not belong together."
-            )
+        # Each thread has a counter of its own.
+        if tensor is not None and tensor.is_meta and _counter.get() is counter:
+            counter.add(tensor)
 
+    token = _counter.set(counter)
     handles = [
         torch_module.register_module_parameter_registration_hook(count),
         torch_module.register_module_buffer_registration_hook(count),
@@ -101,8 +96,58 @@ def no_larger_than(size: int) -> Iterator[None]:
     try:
         yield
     finally:
+        _counter.reset(token)
         for handle in handles:
             handle.remove()
+
+
+class _EntryCounter:
+    """Counter of the entries of a model that is built to hold the weights of some files.
+
+    Args:
+        size: bytes of the files, unpacked.
+    """
+
+    def __init__(self, size: int):
+        self.size, self.entries, self.tensors, self.is_paused = size, 0, 0, False
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor; raise a ValueError where there are more than the files could hold."""
+        self.entries, self.tensors = self.entries + (0 if self.is_paused else tensor.numel()), self.tensors + 1
+        if (
+            self.entries > _FACTOR * self.size + _SPARE_ENTRIES
+            or self.tensors > self.size // _HEADER_ENTRY + _SPARE_TENSORS
+        ):
+            raise ValueError(
+                f"The configuration describes a model of more than {self.entries:,} entries, and the weight files "
+                f"hold {self.size:,} bytes; they do not belong together."
+            )
+
+
+_counter: ContextVar[_EntryCounter | None] = ContextVar("counter", default=None)
+
+
+@contextmanager
+def counting_later() -> Iterator[None]:
+    """Count no entries of a model that is built in this context, because its layers are cut afterwards.
+
+    It takes no memory before that, on the meta device; pass it to [`count_entries`] once it is cut.
+    """
+    counter = _counter.get()
+    if counter is not None:
+        counter.is_paused = True
+    try:
+        yield
+    finally:
+        if counter is not None:
+            counter.is_paused = False
+
+
+def count_entries(model: nn.Module) -> None:
+    """Count the tensors of a model as [`no_larger_than`] counts those that are registered."""
+    if (counter := _counter.get()) is not None:
+        for tensor in (*model.parameters(), *model.buffers()):
+            counter.add(tensor)
 
 
 def load_image_processor(name: str, kwargs: Mapping[str, Any]) -> BaseImageProcessor | None:

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput
 
 from .. import hub
+from ..masking.channels import CHANNELS
 from ..masking.recomputation import recomputing
 from ..values import FLAG, checked
 from . import backbones, checks, saving
+from .channel_groups import find_groups
 from .class_mapping import map_classes
 from .configuration import PromptedSparseConfig
 from .head import classification_loss, map_logits
@@ -103,6 +105,8 @@ class PromptedSparseModel(SparseModel):
         sparsity: float | None = None,
         scope: str = "global",
         pattern: str = "unstructured",
+        budget: str | None = None,
+        channel_multiple: int = 1,
         prompt: str | None = "pad",
         prompt_size: int = 16,
         prompt_inner_size: Sequence[int] | int | None = None,
@@ -125,7 +129,11 @@ class PromptedSparseModel(SparseModel):
                 classifier or a timm model (by way of transformers' `TimmWrapperForImageClassification`).
             sparsity: fraction of the prunable weights to remove, in [0, 1); None: that of the pattern, else 0.9.
             scope: `"global"`, `"layer"` or `"erk"`.
-            pattern: `"unstructured"`, `"n:m"` such as `"2:4"`, or `"block:32"` (see [`masking.patterns`]).
+            pattern: `"unstructured"`, `"n:m"` such as `"2:4"`, `"block:32"`, or `"channels"` (see
+                [`masking.patterns`]).
+            budget: with `"channels"`, what is removed: `"channels:0.5"`, `"parameters:0.5"` or `"macs:0.5"`; without a
+                number, the unit of `sparsity`.
+            channel_multiple: with `"channels"`, number that widths are multiples of, such as 8.
             prompt: `"pad"`, `"fixed"`, `"random"`, `"expand"`, `"stripe"`, `"lowrank"` (see [`prompts`]), or None.
             prompt_size: width or side of the prompt in pixels; the rank of `"lowrank"`.
             prompt_inner_size: (height, width) or side to which a prompted image is shrunk; None overlays the prompt
@@ -148,19 +156,25 @@ class PromptedSparseModel(SparseModel):
         """
         labels = label_names(num_labels, id2label)
         checks.check_settings(label_mapping, new_head, labels)
+        unit, sparsity = checks.split_budget(budget, sparsity)
         sparsity = checks.final_sparsity(sparsity, scope, pattern)
         model, fresh_head, image_processor = backbones.load_backbone(
             backbone, None if label_mapping else labels, new_head, image_processor, kwargs
         )
         labels = labels or labels_of(model.config)
         geometry = backbones.image_geometry(model.config, image_processor, image_size, image_mean, image_std)
+        head = backbones.head_parameters(model)
+        channels = {} if pattern != CHANNELS else find_groups(model, ignore_modules, head, fresh_head, geometry)
         config = PromptedSparseConfig(
             backbone_config=backbones.config_of(model),
             sparsity=sparsity,
             scope=scope,
             pattern=pattern,
+            channel_budget=unit,
+            channel_multiple=channel_multiple,
+            **channels,
             ignore_modules=list(ignore_modules),
-            head_parameters=backbones.head_parameters(model),
+            head_parameters=head,
             new_head=fresh_head,
             prompt=prompt,
             prompt_size=prompt_size,
@@ -244,22 +258,7 @@ class PromptedSparseModel(SparseModel):
             title: heading of the card, and the name that its code loads: `user/name` or a folder.
             tags, metadata: additional metadata, such as `license` or `datasets`.
         """
-        masks = self._measured_masks().values()
-        kept, total = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
-        source = self.config.backbone_config.name_or_path
-        return hub.short_card(
-            title,
-            tags,
-            {"base_model": source if "/" in source else None} | metadata,
-            backbone=type(self.backbone).__name__,
-            labels=self.config.num_labels,
-            state=self.config.state,
-            pattern=self.config.pattern,
-            kept=f"{kept / total:.2%}",
-            kept_weights=f"{kept:,}",
-            prunable_weights=f"{total:,}",
-            has_prompt=self.prompt is not None,
-        )
+        return saving.short_card(self, title, tags, metadata)
 
     def forward(
         self,

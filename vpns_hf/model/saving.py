@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
@@ -176,3 +177,23 @@ def check_prompt(model: PromptedSparseModel) -> None:
     # Tensors that are offloaded to the disk lie on the meta device and have no values to check.
     if broken := [name for name, tensor in own.items() if not tensor.is_meta and tensor.isnan().any()]:
         raise ValueError(f"{broken[0]} of this model holds NaN; the run diverged, or its file is damaged.")
+
+
+def short_card(model: PromptedSparseModel, title: str, tags: Sequence[str], metadata: Mapping[str, Any]) -> ModelCard:
+    """Write a short model card; see [`PromptedSparseModel.short_card`]."""
+    masks = model._measured_masks().values()
+    kept, total = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+    source = model.config.backbone_config.name_or_path
+    return hub.short_card(
+        title,
+        tags,
+        {"base_model": source if "/" in source else None, **metadata},
+        backbone=type(model.backbone).__name__,
+        labels=model.config.num_labels,
+        state=model.config.state,
+        pattern=model.config.pattern,
+        kept=f"{kept / total:.2%}",
+        kept_weights=f"{kept:,}",
+        prunable_weights=f"{total:,}",
+        has_prompt=model.prompt is not None,
+    )

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from .. import masking
 from ..masking import sharding
-from ..masking.frozen import mask_gradients
-from ..masking.prunable import MASK_SUFFIX, PrunableWeight, parametrizations, stored_weight
-from ..masking.search import MaskedWeight
+from ..masking.prunable import stored_weight
 from ..values import FLAG, FRACTION, NUMBER, checked, one_of, require
 from .backbones import position_kwargs
+from .channel_groups import build_pattern
+from .channel_removal import remove_channels
 from .configuration import PromptedSparseConfig
 from .labels import share_labels
 from .sparsity import SparsityReport, measure_sparsity
@@ -44,6 +44,7 @@ class SparseModel(PreTrainedModel):
     def __init__(self, config: PromptedSparseConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
         self.backbone = backbone or build_backbone(config.backbone_config)
+        self.pattern = build_pattern(config, self.backbone)
         self._backbone_kwargs = position_kwargs(self.backbone, config.image_size)
         self._collapsed = set[str]()
         if config.state == "search":
@@ -62,20 +63,18 @@ class SparseModel(PreTrainedModel):
         if self.config.state == "frozen":
             masking.mask_gradients(self.prunables())
 
-    @property
-    def pattern(self) -> masking.Pattern:
-        """Return the pattern of the masks."""
-        return masking.get_pattern(self.config.pattern)
-
     def prunables(self) -> dict[str, masking.PrunableWeight]:
-        """Find the prunable weights, by backbone parameter name: those whose shape takes the pattern."""
+        """Find the prunable weights, by backbone parameter name: those that take the pattern."""
         fits = self.pattern.fits
-        return {name: weight for name, weight in self._maskable().items() if fits(stored_weight(weight).shape)}
+        return {name: weight for name, weight in self._maskable().items() if fits(name, stored_weight(weight).shape)}
 
     def unpatterned_weights(self) -> list[str]:
-        """Return the weights that stay dense because their shapes do not take the pattern."""
+        """Return the weights that stay dense because they do not take the pattern."""
         fits = self.pattern.fits
-        return [name for name, weight in self._maskable().items() if not fits(stored_weight(weight).shape)]
+        return [name for name, weight in self._maskable().items() if not fits(name, stored_weight(weight).shape)]
+
+    def _scored(self) -> dict[str, masking.PrunableWeight]:
+        return masking.scored(self.prunables(), self.pattern)
 
     def _maskable(self) -> dict[str, masking.PrunableWeight]:
         skip = self.config.head_parameters if self.config.new_head else ()
@@ -119,13 +118,14 @@ class SparseModel(PreTrainedModel):
         """Return the score parameters by backbone parameter name; empty outside the search state."""
         if self.config.state != "search":
             return {}
-        return {name: part.scores for name, part in masking.masked_weights(self.prunables()).items()}
+        return {name: part.scores for name, part in masking.masked_weights(self._scored()).items()}
 
     def masks(self) -> dict[str, Tensor]:
         """Return the masks by backbone parameter name, True = kept; all True in the dense state."""
         prunables = self.prunables()
         if self.config.state == "search":
-            return {name: part.mask for name, part in masking.masked_weights(prunables).items()}
+            applied = {name: part.mask for name, part in masking.masked_weights(self._scored()).items()}
+            return self.pattern.completed(applied, self.prunable_weights())
         if self.config.state == "frozen":
             return masking.frozen_masks(prunables)
         return masking.all_kept(prunables)
@@ -165,7 +165,7 @@ class SparseModel(PreTrainedModel):
     def update_masks(self) -> int:
         """Select new masks from the scores and return the number of entries that changed; search state only."""
         self._require("search", "update masks")
-        return masking.update_masks(self.prunables(), self.config.sparsity, self.config.scope, self.pattern)
+        return masking.update_masks(self._scored(), self.config.sparsity, self.config.scope, self.pattern)
 
     @checked(weight=NUMBER)
     def set_implicit_gradient(self, weight: float) -> None:
@@ -178,7 +178,7 @@ class SparseModel(PreTrainedModel):
             weight: factor 1 / gamma of the implicit gradient; 0 omits it.
         """
         self._require("search", "set the implicit gradient")
-        for part in masking.masked_weights(self.prunables()).values():
+        for part in masking.masked_weights(self._scored()).values():
             part.implicit_gradient = weight
 
     def _warn_of_collapse(self) -> None:
@@ -220,7 +220,7 @@ class SparseModel(PreTrainedModel):
         """Remove scores and masks (search to dense); all parameters become trainable."""
         self._require("search", "detach scores")
         self.gather_shards()
-        masking.detach_scores(self.prunables())
+        masking.detach_scores(self._scored())
         self.config.state, self.config.signed_scores = "dense", False
         self.train_only(*ROLES)
 
@@ -265,6 +265,21 @@ class SparseModel(PreTrainedModel):
         self.config.sparsity = self.sparsity
         self._warn_of_collapse()
         return flips
+
+    def remove_channels(self) -> None:
+        """Cut the pruned channels out of the model, whose layers become smaller; frozen masks of `"channels"` alone.
+
+        The configuration builds the smaller layers, so the model is saved, loaded and exported as any other, without
+        Torch-Pruning. Where all MLPs have one width and nothing else was cut, the backbone is a stock model of
+        transformers with another `intermediate_size` (or `mlp_ratio`). Optimizers hold the old parameters: build new
+        ones. What is left is unpruned, `sparsity` 0, and can be pruned again.
+
+        Raises:
+            ValueError: the model is not frozen or has another pattern, a layer keeps no channel, or the smaller model
+                does not give the same logits on a random image.
+        """
+        self._require("frozen", "remove channels")
+        remove_channels(self)
 
     def merge_and_unload(self) -> PreTrainedModel:
         """Return the plain backbone with the zeros written in; this wrapper must not be used afterwards.
@@ -361,7 +376,8 @@ class SparseModel(PreTrainedModel):
         sharded stays unchanged.
         """
         if self.config.state != "dense" and sharding.is_sharded(self.parameters()):
-            _shard_masks(self.prunables(), self.config.state)
+            owners = self._scored() if self.config.state == "search" else self.prunables()
+            masking.shard_masks(owners, self.config.state)
 
     def gather_shards(self) -> None:
         """Gather a sharded model on every process, which undoes `fully_shard`; all processes call this together.
@@ -376,22 +392,3 @@ class SparseModel(PreTrainedModel):
         sharding.forget(self)
         self.__class__ = type(whole)
         self.replace_with(whole)
-
-
-def _shard_masks(prunables: Mapping[str, PrunableWeight], state: str) -> None:
-    """Shard masks like their weights; in the frozen state, register gradient hooks on the shards.
-
-    Args:
-        prunables: prunable weights by name, sharded.
-        state: state of the model, `"search"` or `"frozen"`.
-    """
-    for prunable in prunables.values():
-        weight = stored_weight(prunable)
-        if state == "search":
-            masked_weight = cast(MaskedWeight, parametrizations(prunable)[0])
-            masked_weight.mask = sharding.split_like(masked_weight.mask, weight)
-        else:
-            name = prunable.tensor_name + MASK_SUFFIX
-            setattr(prunable.module, name, sharding.split_like(prunable.module.get_buffer(name), weight))
-    if state == "frozen":
-        mask_gradients(prunables)

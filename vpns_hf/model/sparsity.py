@@ -140,7 +140,7 @@ def measure_sparsity(
         forward_kwargs: further arguments of the backbone.
         pattern: name of the pattern of the masks.
     """
-    positions = _positions(backbone, prunables, image_size, forward_kwargs)
+    positions = count_positions(backbone, prunables, image_size, forward_kwargs)
     layers = tuple(
         LayerSparsity(
             name, kept := int(mask.sum()), mask.numel(), positions[name] * mask.numel(), positions[name] * kept
@@ -157,13 +157,13 @@ def measure_sparsity(
 
 
 @torch.no_grad()
-def _positions(
+def count_positions(
     backbone: nn.Module,
     prunables: Mapping[str, PrunableWeight],
     image_size: Sequence[int] | None,
     forward_kwargs: Mapping[str, bool],
 ) -> dict[str, int]:
-    """Count the applications of each weight matrix to one image."""
+    """Count the applications of each weight matrix to one image of (height, width); 0 without a size."""
     positions = dict.fromkeys(prunables, 0)
     if image_size is None:
         return positions

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+
+from ..masking.channel_graph import is_timm_attention
+from .loading import count_entries, counting_later
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -19,13 +23,26 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ValueError: `tensor_shapes` names a tensor that the backbone does not have.
     """
-    backbone = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
-    if shapes := config.to_dict().get("tensor_shapes"):
-        _resize(backbone, shapes)
+    shapes = config.to_dict().get("tensor_shapes")
+    with counting_later() if shapes else nullcontext():
+        backbone = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+        if shapes:
+            resize(backbone, shapes)
+    if shapes:
+        count_entries(backbone)
     return backbone
 
 
-def _resize(backbone: PreTrainedModel, shapes: Mapping[str, Sequence[int]]) -> None:
+def resize(backbone: PreTrainedModel, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Replace parameters and buffers by zeros of other shapes, and set the sizes that their layers state.
+
+    Args:
+        backbone: image classifier.
+        shapes: shapes by name.
+
+    Raises:
+        ValueError: the backbone has no tensor of that name.
+    """
     own = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
     if unknown := sorted(set(shapes) - set(own)):
         raise ValueError(
@@ -41,6 +58,11 @@ def _resize(backbone: PreTrainedModel, shapes: Mapping[str, Sequence[int]]) -> N
         else:
             setattr(module, tensor_name, resized)
         _set_sizes(module)
+    for module in backbone.modules():
+        if is_timm_attention(module):
+            # transformers reads the number of heads from the shapes of tensors.
+            module.attn_dim = module.qkv.out_features // 3
+            module.num_heads = module.attn_dim // module.head_dim
 
 
 def _set_sizes(module: nn.Module) -> None:

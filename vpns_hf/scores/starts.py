@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..masking.search import initial_scores
-from ..masking.selection import kept_count
-from ..masking.topk import kth_smallest
+from ..masking.topk import kept_count, kth_smallest
 from ..model.modeling import PromptedSparseModel
 from .table import score_weights
 

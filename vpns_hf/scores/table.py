@@ -160,6 +160,17 @@ def magnitude(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]
     return {name: weight.detach().abs() for name, weight in model.prunable_weights().items()}
 
 
+def group_magnitude(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Score by the squared weight over the mean square of its tensor.
+
+    Summed over a group of weights, this is the squared norm of the group with every layer scaled to the same size, as
+    DepGraph ranks channels (arXiv 2301.12900; its code scales by the mean norm of each group's channels instead).
+    """
+    squares = {name: weight.detach().float().square() for name, weight in model.prunable_weights().items()}
+    tiny = torch.finfo(torch.float32).tiny
+    return {name: square / square.mean().clamp_min(tiny) for name, square in squares.items()}
+
+
 def lamp(model: PromptedSparseModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Score by the squared weight over the sum of all squares in its tensor that are not smaller (LAMP).
 
@@ -336,6 +347,7 @@ def _wanda(weight: Tensor, squares: Tensor) -> Tensor:
 
 SCORES: dict[str, Score] = {
     "magnitude": magnitude,
+    "group_magnitude": group_magnitude,
     "lamp": lamp,
     "random": random,
     "snip": snip,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
+from ..masking.channels import Channels
 from ..masking.patterns import UNSTRUCTURED, Pattern
 from ..methods.stage import Method, Rounds, Stage
 from ..model.modeling import PromptedSparseModel
@@ -74,6 +75,11 @@ def check_pattern(name: str, method: Method, pattern: Pattern) -> None:
         raise ValueError(
             f"`method={name!r}` chooses weights one by one, and this model has the pattern {pattern.name!r}; build it "
             "with `pattern='unstructured'`, or use another method, such as 'gmp'."
+        )
+    if method.revives_weights and isinstance(pattern, Channels):
+        raise ValueError(
+            f"`method={name!r}` lets pruned weights start again at zero, and a channel all of whose weights are zero "
+            "gets no gradient; use another method, such as 'gmp', with `pattern='channels'`."
         )
     for scope in sorted(method.scopes):
         try:
