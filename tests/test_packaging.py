@@ -47,11 +47,10 @@ def test_the_wheel_holds_every_file_of_the_package(wheel):
 
 
 def test_a_plain_install_brings_all_that_the_commands_need():
-    """No command asks for an extra, but for channels, ONNX exports, runtimes of a benchmark and DeepSpeed."""
+    """No command asks for an extra, but for channels, ONNX exports, runtimes of a benchmark, DeepSpeed and the app."""
     project = tomllib.loads((CLONE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert set(project["optional-dependencies"]) == {
-        *("benchmark", "channels", "deepspeed", "docs", "onnx", "test", "quality")
-    }
+    extras = {"benchmark", "channels", "deepspeed", "docs", "onnx", "quality", "space", "test", "test-recipes"}
+    assert set(project["optional-dependencies"]) == extras
     names = {requirement.partition(">")[0] for requirement in project["dependencies"]}
     assert {"datasets", "evaluate", "jinja2", "matplotlib", "rich", "scikit-learn", "scipy", "timm"} <= names
 
