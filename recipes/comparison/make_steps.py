@@ -46,10 +46,10 @@ def accuracies(results: Sequence[CellResult], method: str) -> list[float]:
     return [result.accuracy for result in results if result.method == method]
 
 
-def in_words(values: Sequence[float]) -> str | None:
-    """Return mean and standard deviation in points; None where nothing was measured."""
+def in_words(values: Sequence[float]) -> str:
+    """Return mean and standard deviation in points, or a dash where nothing was measured."""
     if not values:
-        return None
+        return "–"
     spread = standard_deviation(values)
     return f"{100 * statistics.fmean(values):.2f} " + (f"± {100 * spread:.2f}" if spread is not None else "(n=1)")
 

@@ -16,6 +16,8 @@ SIZE = {"height": 32, "width": 32}
         (ViTImageProcessor(size=SIZE, rescale_factor=1 / 127.5), 0.25, 0.25),
         (ViTImageProcessor(size=SIZE, do_normalize=False), 0.0, 1.0),
         (MobileViTImageProcessor(size=SIZE, crop_size=SIZE), 0.0, 1.0),
+        (ViTImageProcessor(size=SIZE, image_mean=0.25, image_std=0.5), 0.25, 0.5),
+        (ViTImageProcessor(size=SIZE, image_mean=True, image_std=True), 1.0, 1.0),
     ],
 )
 def test_mean_and_std_are_measured(processor, mean, std):

@@ -233,12 +233,14 @@ def image_geometry(
     processor = image_processor.to_dict() if image_processor is not None else {}
     timm_cfg = config.to_dict().get("pretrained_cfg") or {}
     size = _find_image_size(config, image_processor, image_size)
-    mean = _first(processor.get("image_mean"), timm_cfg.get("mean"))
-    std = _first(processor.get("image_std"), timm_cfg.get("std"))
+    # A processor may hold one number for all channels; then both are measured.
+    mean = _first_list(processor.get("image_mean"), timm_cfg.get("mean"))
+    std = _first_list(processor.get("image_std"), timm_cfg.get("std"))
     pixels = _measured(image_processor, size) if image_processor is not None and size is not None else None
     if pixels is not None and not (mean and std and pixels.agrees(mean, std)):
         mean, std = list(pixels.mean), list(pixels.std)
-    return {"image_size": size, "image_mean": _first(image_mean, mean), "image_std": _first(image_std, std)}
+    mean, std = (mean if image_mean is None else image_mean), (std if image_std is None else image_std)
+    return {"image_size": size, "image_mean": mean and list(mean), "image_std": std and list(std)}
 
 
 def _measured(image_processor: BaseImageProcessor, size: Sequence[int]) -> PixelMap | None:
@@ -275,8 +277,8 @@ def native_size(config: PreTrainedConfig) -> list[int] | None:
     return height_width(_configured_size(config))
 
 
-def _first(*values: Sequence[float] | None) -> list[float] | None:
-    return next((list(value) for value in values if value is not None), None)
+def _first_list(*values: Any) -> Sequence[float] | None:
+    return next((value for value in values if isinstance(value, list | tuple)), None)
 
 
 def position_kwargs(backbone: PreTrainedModel, image_size: Sequence[int] | None) -> dict[str, bool]:
