@@ -89,11 +89,11 @@ print(vpns_hf.__file__, len(names))
 
     write_images(folder / "pictures", 30)
     arguments = ("--model_name_or_path", task / "backbone", "--dataset_name", folder / "pictures")
-    steps = ("--search_max_steps", "5", "--max_steps", "5", "--head_warm_up_epochs", "0")
+    steps = ("--max_steps", "5", "--head_warm_up_epochs", "0")
     options = ("--new_head", "true", "--prompt_size", "4", "--references", "none", "--use_cpu", "--report_to", "none")
     run("vpns-hf", "prune", *map(str, (*arguments, *steps, *options, "--output_dir", "out", "--sparsity", "0.8")))
     stages = json.loads((folder / "out/stages.json").read_text())["finished"]
-    assert sum(stage["steps"] for stage in stages) == 10
+    assert [(stage["name"], stage["steps"]) for stage in stages] == [("warm_up", 0), ("joint", 5)]
     assert {"README.md", "model.safetensors", "recipe.yaml", "figures"} <= set(os.listdir(folder / "out"))
     assert json.loads(run("vpns-hf", "inspect", "out", "--json"))["state"] == "frozen"
 
