@@ -73,10 +73,10 @@ def ddp(folder):
 
 
 def patterns(folder):
-    """Groups within rows, and blocks that two processes share."""
+    """Groups within rows, blocks that two processes share, and channels of several weights."""
     dist.init_process_group("gloo")
     sharded_selection_in_patterns()
-    for pattern in ("2:4", "block:3"):
+    for pattern in ("2:4", "block:3", "channels"):
         sharded_model(sparsity=get_pattern(pattern).sparsity or 0.7, scope="global", pattern=pattern)
     (folder / "sharded").touch()
 

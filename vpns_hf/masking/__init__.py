@@ -25,7 +25,7 @@ from .pattern import Pattern
 from .patterns import UNSTRUCTURED, get_pattern
 from .prunable import MASK_SUFFIX, PrunableWeight, all_kept, dense_state, find_prunable_weights, stored_weight
 from .search import MaskedWeight, attach_scores, detach_scores, masked_weights, scored, shard_masks, update_masks
-from .selection import SCOPES, erk_densities, select_masks
+from .selection import SCOPES, erk_densities, select_masks, split_like
 from .topk import kept_count
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "scored",
     "select_masks",
     "shard_masks",
+    "split_like",
     "stored_weight",
     "unfreeze",
     "update_masks",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import sharding
 from .pattern import Pattern
 
 CHANNELS = "channels"
@@ -217,7 +218,7 @@ class Channels(Pattern):
     def completed(self, applied: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the masks of all weights from those of [`Channels.applied`]."""
         kept = {
-            group.name: self.of(reader).sum(applied[reader]) > 0
+            group.name: self.of(reader).sum(sharding.whole(applied[reader])) > 0
             for group in self.groups
             for reader in group.readers[:1]
         }

@@ -101,7 +101,7 @@ def _cut_config(
     rows, columns = next((shape for shape in shapes.values() if len(shape) == 2), (1, 1))
     ratio = rows / columns if isinstance(fields.get("mlp_ratio"), float) else rows // columns
     for name, value in {"intermediate_size": rows, "mlp_ratio": ratio}.items():
-        if name in fields:
+        if name in fields and value:
             stock = copy.deepcopy(config)
             stock.update({name: value, "tensor_shapes": None})
             with torch.device("meta"):

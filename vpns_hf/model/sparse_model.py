@@ -125,7 +125,8 @@ class SparseModel(PreTrainedModel):
         prunables = self.prunables()
         if self.config.state == "search":
             applied = {name: part.mask for name, part in masking.masked_weights(self._scored()).items()}
-            return self.pattern.completed(applied, self.prunable_weights())
+            weights = self.prunable_weights()
+            return masking.split_like(self.pattern.completed(applied, weights), weights)
         if self.config.state == "frozen":
             return masking.frozen_masks(prunables)
         return masking.all_kept(prunables)
