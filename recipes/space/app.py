@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from side_by_side import compare, kept_figure, open_image, preprocess, prompt_picture, seen_picture, sparsity_label
+from side_by_side import (
+    compare,
+    kept_figure,
+    open_image,
+    preprocess,
+    prompt_caption,
+    prompt_picture,
+    seen_picture,
+    sparsity_label,
+)
 from subnetworks import Models, find_folders, load_models
 
 from vpns_hf.cli import exit_in_one_sentence
@@ -73,6 +82,7 @@ def build(models: Models, examples: Sequence[Path]) -> gr.Blocks:
             sparsity: gr.Slider(label=sparsity_label(models, subnetwork)),
             kept: kept_figure(subnetwork),
             prompt: prompt_picture(subnetwork.model),
+            caption: prompt_caption(subnetwork.model),
             use_prompt: gr.Checkbox(interactive=subnetwork.model.prompt is not None),
         }
 
@@ -114,8 +124,8 @@ def build(models: Models, examples: Sequence[Path]) -> gr.Blocks:
                     elem_id="use_prompt",
                 )
                 with gr.Row():
-                    seen = _picture("What the model sees", "seen")
-                    prompt = _picture("The visual prompt", "prompt")
+                    _, seen = _picture("What the model sees", "seen")
+                    caption, prompt = _picture("", "prompt")
             with gr.Column(scale=3, min_width=300):
                 facts, bars = [], []
                 with gr.Row():
@@ -128,7 +138,7 @@ def build(models: Models, examples: Sequence[Path]) -> gr.Blocks:
                 kept = gr.Plot(show_label=False, elem_id="kept")
         settings = [chosen, sparsity, use_prompt]
         results = [problem, seen, *facts, *bars, remarks]
-        described = [sparsity, kept, prompt, use_prompt]
+        described = [sparsity, kept, prompt, caption, use_prompt]
         # One at a time: measurements must not slow each other down.
         alone: Any = {"concurrency_id": "measure", "concurrency_limit": 1, "api_visibility": "private"}
         blocks.load(describe, sparsity, described, **alone).then(show, settings, results, **alone)
@@ -139,10 +149,12 @@ def build(models: Models, examples: Sequence[Path]) -> gr.Blocks:
     return blocks
 
 
-def _picture(caption: str, name: str) -> gr.Image:
+def _picture(caption: str, name: str) -> tuple[gr.Markdown, gr.Image]:
     with gr.Column(min_width=130):
-        gr.Markdown(caption)
-        return gr.Image(show_label=False, buttons=[], elem_id=name, elem_classes="picture")
+        return (
+            gr.Markdown(caption, elem_id=f"{name}_caption"),
+            gr.Image(show_label=False, buttons=[], elem_id=name, elem_classes="picture"),
+        )
 
 
 def _chosen_example(event: gr.SelectData) -> str:

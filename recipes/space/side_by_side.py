@@ -161,6 +161,14 @@ def prompt_picture(model: PromptedSparseModel) -> Image.Image | None:
     return _picture((delta / (delta.abs().max().item() or 1) + 1) / 2)
 
 
+@torch.inference_mode()
+def prompt_caption(model: PromptedSparseModel) -> str:
+    """Say how much the prompt changes a pixel at most: its picture, at full contrast, does not."""
+    if model.prompt is None:
+        return "No visual prompt"
+    return f"Prompt, at most {255 * model.prompt.delta().abs().max().item():.3g}/255"
+
+
 def _picture(pixels: Tensor) -> Image.Image:
     """Enlarge pixels [1 or 3, height, width] in [0, 1] without smoothing."""
     values = (255 * pixels.clamp(0, 1)).round().to(torch.uint8).expand(3, -1, -1)

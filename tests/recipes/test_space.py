@@ -176,12 +176,14 @@ def test_the_prompt_is_shown_around_grey(models):
     assert (shown[4 * 8 : 28 * 8, 4 * 8 : 28 * 8] == 128).all()
     assert shown[0, 0, 0] == 0  # -0.4 is the largest change
     assert shown[4 * 8 - 1, 255, 2] == 191  # (0.2 / 0.4 + 1) / 2 * 255
+    assert side_by_side.prompt_caption(models.subnetworks[0].model) == "Prompt, at most 102/255"
 
 
 def test_a_model_without_a_prompt_has_no_picture_of_it(tmp_path):
     space.save(tmp_path / "plain", prompt=None)
     model = subnetworks.load_models([tmp_path / "plain"]).subnetworks[0].model
     assert side_by_side.prompt_picture(model) is None
+    assert side_by_side.prompt_caption(model) == "No visual prompt"
     assert side_by_side.seen_picture(model, torch.zeros(1, 3, 32, 32), False).getpixel((0, 0)) == (128, 128, 128)
 
 
