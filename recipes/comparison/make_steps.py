@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter, Scala
 from vpns_hf.experiments.results import CellResult, read_results
 from vpns_hf.experiments.tables import standard_deviation
 from vpns_hf.report.style import save_figure
-from vpns_hf.report.tables import markdown_table
+from vpns_hf.report.tables import MISSING, markdown_table
 
 HERE = Path(__file__).parent
 SPARSITY = 0.95
@@ -49,7 +49,7 @@ def accuracies(results: Sequence[CellResult], method: str) -> list[float]:
 def in_words(values: Sequence[float]) -> str:
     """Return mean and standard deviation in points, or a dash where nothing was measured."""
     if not values:
-        return "–"
+        return MISSING
     spread = standard_deviation(values)
     return f"{100 * statistics.fmean(values):.2f} " + (f"± {100 * spread:.2f}" if spread is not None else "(n=1)")
 
