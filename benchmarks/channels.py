@@ -6,6 +6,7 @@ Weights are random; every layer loses the same share of channels, heads included
 `--multiple`. Dense and cut models take turns in one process, in torch and in ONNX Runtime. A ratio is the time of the
 dense model over that of the cut one in the same round: the median of the rounds, with their smallest and largest.
 `MACs` is the ratio of the multiply-accumulates of linear and convolution layers; products of attention are not in it.
+`--clock cpu` counts the seconds that the processor spent on this process; it is for one thread.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from statistics import median
 
 import torch
 from common import machine, ratio_cells, table, time_in_turns, write_results
-from inference import MODELS, megabytes, onnx_session
+from inference import CLOCKS, MODELS, megabytes, onnx_session
 from transformers import PreTrainedModel
 
 from vpns_hf import PromptedSparseModel
@@ -66,6 +67,7 @@ def row(name: str, build: Callable[[], PreTrainedModel], batch: int, args: argpa
                 "ORT cut": lambda: sessions[1].run(None, feed),
             },
             args.repeats,
+            CLOCKS[args.clock],
         )
 
     def cells(runtime: str) -> tuple[object, ...]:
@@ -85,14 +87,17 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--multiple", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     args = parser.parse_args()
+    if args.clock == "cpu" and args.threads != [1]:
+        parser.error("`--clock cpu` adds up the seconds of all threads; pass `--threads 1`.")
     rows: list[tuple[object, ...]] = []
     for name in args.models:
         for threads in args.threads:
             torch.set_num_threads(threads)
             for batch in args.batches:
                 rows.append(row(name, MODELS[name], batch, args))
-                about = f"Machine: {machine()}."
+                about = f"Machine: {machine()}. Clock: {args.clock}."
                 write_results("channels", ["# Removed channels", (__doc__ or "").strip(), about, table(COLUMNS, rows)])
 
 
