@@ -145,6 +145,11 @@ METHODS: dict[str, Method] = {
         "One-shot pruning by layer-adaptive magnitude, ranked globally, then tuning (arXiv 2010.07611).",
         prune_and_tune(Select("lamp", scope="global", needs_data=False)),
     ),
+    "depgraph": Method(
+        "One-shot pruning by squared magnitude, with the weights of every layer scaled alike (arXiv 2301.12900), then "
+        "tuning; for channels.",
+        prune_and_tune(Select("group_magnitude", needs_data=False)),
+    ),
     "omp_tuned": Method(
         "Magnitude of weights tuned densely first; the mask is put on the pretrained weights, then tuned, as in the "
         "paper's comparison.",
