@@ -57,6 +57,7 @@ HEADER = {
 CARD = {
     *("title", "repo_id", "base_model", "base_model_is_on_hub", "dataset", "dataset_id", "split", "images", "method"),
     *("results", "sparsity", "stages", "settings", "uses_prompt", "has_prompt", "figures", "license", "version"),
+    *("dataset_license", "dataset_source"),
     "latency",
 }
 # Keys of recipe.yaml and flags: each is checked by its type or by a row of a table.

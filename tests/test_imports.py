@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from helpers.models import tiny_model
 
@@ -29,6 +30,7 @@ def test_the_package_loads_what_a_pretrained_model_loads_and_no_more():
     assert not {"matplotlib", "rich", "sklearn", "evaluate", "datasets", "timm"} & ours
 
 
+@pytest.mark.slow
 def test_the_trainer_loads_what_trainer_loads_and_no_more():
     reference, ours = loaded(TRAINER), loaded("from vpns_hf import VPNsTrainer, VPNsTrainingArguments")
     assert "transformers.trainer" in ours
@@ -46,6 +48,7 @@ except SystemExit as ended:
     assert not {"transformers.trainer", "datasets", "matplotlib", "rich", "sklearn", "evaluate"} & loaded(program)
 
 
+@pytest.mark.slow
 def test_lazy_names_are_there():
     names = (
         "VPNsTrainer",

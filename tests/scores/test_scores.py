@@ -537,7 +537,7 @@ def test_layers_that_hooks_do_not_see_are_named():
 
 def test_errors():
     model, batches = tiny_model("resnet"), make_batches()
-    with pytest.raises(ValueError, match="no score 'snap'; expected one of magnitude, lamp"):
+    with pytest.raises(ValueError, match="no score 'snap'; expected one of magnitude, group_magnitude"):
         score_weights("snap", model, batches)
     for name in ("snip", "grasp", "synflow", "wanda"):
         with pytest.raises(ValueError, match=f"'{name}' needs at least one batch"):
