@@ -166,7 +166,7 @@ def prompt_caption(model: PromptedSparseModel) -> str:
     """Say how much the prompt changes a pixel at most: its picture, at full contrast, does not."""
     if model.prompt is None:
         return "No visual prompt"
-    return f"Prompt, at most {255 * model.prompt.delta().abs().max().item():.3g}/255"
+    return f"Prompt, up to ±{255 * model.prompt.delta().abs().max().item():.3g}/255"
 
 
 def _picture(pixels: Tensor) -> Image.Image:

@@ -176,7 +176,7 @@ def test_the_prompt_is_shown_around_grey(models):
     assert (shown[4 * 8 : 28 * 8, 4 * 8 : 28 * 8] == 128).all()
     assert shown[0, 0, 0] == 0  # -0.4 is the largest change
     assert shown[4 * 8 - 1, 255, 2] == 191  # (0.2 / 0.4 + 1) / 2 * 255
-    assert side_by_side.prompt_caption(models.subnetworks[0].model) == "Prompt, at most 102/255"
+    assert side_by_side.prompt_caption(models.subnetworks[0].model) == "Prompt, up to ±102/255"
 
 
 def test_a_model_without_a_prompt_has_no_picture_of_it(tmp_path):

@@ -103,7 +103,7 @@ def test_the_page_shows_both_sides_and_fits_its_width(page):
         expect(page.locator(f"#{side}_facts")).to_contain_text(re.compile(r"[\d.]+ ms an image"))
         expect(page.locator(f"#{side}_bars")).to_contain_text("bright")
     expect(page.locator("#prompt img")).to_be_visible()
-    expect(page.locator("#prompt_caption")).to_contain_text("Prompt, at most 102/255")
+    expect(page.locator("#prompt_caption")).to_contain_text("Prompt, up to ±102/255")
     assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]
 
 
