@@ -2,7 +2,7 @@
 PYTHON = .venv/bin/python
 PROCESSES = 2
 
-.PHONY: help docs test test-all test-slow test-wheel test-distributed test-interruption kills test-lowest fuzz benchmarks
+.PHONY: help docs test test-all test-slow test-wheel test-distributed test-interruption kills test-recipes test-lowest fuzz benchmarks
 .PHONY: results dist lint
 
 help: ## list the targets
@@ -31,6 +31,9 @@ test-interruption: ## runs that are killed and resumed, slow ones too
 kills: ## 100 runs killed at random moments, 20 stopped by signals to their groups, and every kill point of a save
 	PYTHONPATH=tests $(PYTHON) tests/helpers/kill_runs.py
 	$(PYTHON) -m pytest -m "slow or not slow" tests/test_saved_folder.py
+
+test-recipes: ## the notebook, and the app in a headless Chromium; needs `pip install -e ".[test-recipes]"` and Chromium
+	$(PYTHON) -m pytest -m "slow or not slow" tests/recipes
 
 test-lowest: ## all tests but the slow ones, with the lowest version of every direct dependency; needs uv
 	uv venv --clear --python 3.11 .venv-lowest
