@@ -233,7 +233,7 @@ def test_comparison_refuses_unknown_methods(task, capsys):
     assert "`method` is 'hydro'" in failure(lambda: compare(task, "--methods", "hydro"), capsys)
 
 
-@pytest.mark.parametrize("name", ["demo", "all_methods", "all_methods_imagenet"])
+@pytest.mark.parametrize("name", ["demo", "imagenet", "all_methods", "all_methods_imagenet"])
 def test_committed_comparison_is_what_its_lines_say(name, tmp_path):
     """The table is made from `results.jsonl`, whose cells are of the setting and counted alike."""
     folder = RECIPES / "comparison" / name

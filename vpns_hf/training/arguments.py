@@ -115,7 +115,8 @@ class VPNsTrainingArguments(TrainingArguments):
         },
     )
     search_prompt_learning_rate: float = field(
-        default=1e-4, metadata={"help": "Learning rate of the prompt during the search."}
+        default=1e-4,
+        metadata={"help": "Learning rate of the prompt in stages that also learn scores (search, joint)."},
     )
     score_lr_scheduler_type: str | None = field(
         default=None,
@@ -123,14 +124,15 @@ class VPNsTrainingArguments(TrainingArguments):
     )
     optim: str = field(
         default="sgd",
-        metadata={"help": "Optimizer of weights and head, and of the prompt in the tune stage."},
+        metadata={"help": "Optimizer of weights and head, and of the prompt in stages that learn no scores."},
     )
     learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the weights."})
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of a new head; learning_rate when not given."}
     )
     prompt_learning_rate: float = field(
-        default=1e-2, metadata={"help": "Learning rate of the prompt in the tune stage."}
+        default=1e-2,
+        metadata={"help": "Learning rate of the prompt in stages that learn no scores, such as the tune stage."},
     )
     momentum: float = field(default=0.9, metadata={"help": "Momentum of the optimizer sgd."})
     mixup_alpha: float = field(
