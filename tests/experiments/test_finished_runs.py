@@ -49,11 +49,14 @@ def test_what_a_run_leaves_and_says_and_resuming_it(task, capsys, caplog, monkey
     kept = [name for name in files(out) if not name.startswith(("runs", "figures")) and not name.endswith(".yaml")]
     before = {name: content(out / name) for name in kept}
     caplog.clear()
+    for name in ("latency.json", "figures/latency.png"):
+        (out / name).write_text("of another model")
     with caplog.at_level(logging.WARNING):
         run(task, "--resume_from_checkpoint", "true", references=["dense", "vpns_zero_prompt"], **STEPS)
     assert caplog.text.count("has ended, so nothing is trained") == 3
     after = {name: content(out / name) for name in kept}
     assert [name for name in kept if after[name] != before[name]] == []
+    assert not {"latency.json", "figures/latency.png"} & set(files(out))
     assert "Checkpoints" not in capsys.readouterr().out.splitlines()[-1]
 
     assert "vpns before tuning" in [row["name"] for row in json.loads(after["metrics.json"])["test"]]

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ..data.splits import SplitView
 from ..data.tasks import TRANSFER_TASKS
+from ..hub import LATENCY_FIGURE, LATENCY_REPORT
 from ..latency import Machine
 from ..metrics import METRICS, predicted_classes
 from ..report.confusion import MAX_CONFUSION_CLASSES, plot_confusion
@@ -137,6 +138,9 @@ def write_report(report: PruningReport) -> None:
 
 def _write_files(report: PruningReport) -> None:
     folder, results = report.folder, report.results
+    # Measured on the model that was here before; the new card says nothing of it.
+    for name in (LATENCY_REPORT, LATENCY_FIGURE):
+        (folder / name).unlink(missing_ok=True)
     (folder / "recipe.yaml").write_text(_provenance(report), encoding="utf-8")
     (folder / "results.md").write_text(results_markdown(results) + "\n", encoding="utf-8")
     sparsity = report.trainer.model.sparsity_report()
