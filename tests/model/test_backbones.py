@@ -318,6 +318,8 @@ def test_parameters_that_a_class_freezes_itself_are_accepted(monkeypatch):
         ("vit", dict(image_size=10**5)),
         ("resnet", dict(hidden_sizes=[8, 10**6])),
         ("resnet", dict(depths=[1, 10**6])),
+        ("vit", dict(num_labels=10**8)),
+        ("timm_resnet", dict(num_classes=10**8)),
     ],
 )
 def test_folders_whose_configuration_is_larger_than_their_weights_are_refused(family, change, tmp_path):

@@ -37,7 +37,7 @@ def rebuild_config(values: Mapping[str, Any]) -> PreTrainedConfig:
             f"The backbone has model type {model_type!r}, which this version of transformers does not know; "
             "install the version that the model was saved with."
         )
-    _check_values(values)
+    check_backbone_values(values)
     try:
         # `AutoConfig.for_model(**values)` loses the label count of TimmWrapperConfig; only `from_dict` keeps it.
         return CONFIG_MAPPING[model_type].from_dict(dict(values))
@@ -61,10 +61,18 @@ def check_backbone(config: Any) -> None:
             f"`backbone_config` is of model type {config.model_type!r}, and transformers has no image classifier of "
             "that type."
         )
-    _check_values(config.to_dict())
+    check_backbone_values(config.to_dict())
 
 
-def _check_values(values: Mapping[str, Any]) -> None:
+def check_backbone_values(values: Mapping[str, Any]) -> None:
+    """Refuse numbers and texts that no image classifier has, before transformers builds labels or layers of them.
+
+    Args:
+        values: a configuration as a file holds it.
+
+    Raises:
+        ValueError: the reason in one sentence.
+    """
     for count, (name, value) in enumerate(_leaves(values, 0), start=1):
         if count > _MAX_VALUES:
             raise ValueError(f"`backbone_config` holds more than {_MAX_VALUES} values.")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from ..hub import find_file, hub_kwargs
 from ..pixels import PixelMap, measure_pixels
 from ..saved_files import read_json
 from . import packed_shards
-from .backbone_config import check_backbone
+from .backbone_config import check_backbone, check_backbone_values
 from .checks import check_handed_over
 from .configuration import PromptedSparseConfig
 from .labels import labels_of, set_labels
@@ -98,16 +98,12 @@ def _download(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[s
 
 def _read_config(name: str, find: Callable[[str], str | None], kwargs: dict[str, Any]) -> PreTrainedConfig:
     """Read the configuration of an image classifier, and refuse what cannot be one."""
-    try:
-        if (path := find(CONFIG_NAME)) is not None:
-            read_json(Path(path))  # refuses what transformers would stumble over
+    with _no_config(name):
+        path = find(CONFIG_NAME)
+        stored = {} if path is None else read_json(Path(path))
+    check_backbone_values(stored)
+    with _no_config(name):
         config = AutoConfig.from_pretrained(name, **hub_kwargs(kwargs))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise type(error)(
-            f"{name!r} is no local folder with a transformers or timm config.json, nor could it be read from the Hub "
-            f"({reason}). Check the spelling, the network, and `hf auth login` for private and gated models."
-        ) from error
     _refuse_pruned(config, name)
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(
@@ -118,6 +114,18 @@ def _read_config(name: str, find: Callable[[str], str | None], kwargs: dict[str,
         config = without_repeated_arguments(config, name)
     check_backbone(config)
     return config
+
+
+@contextmanager
+def _no_config(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise type(error)(
+            f"{name!r} is no local folder with a transformers or timm config.json, nor could it be read from the Hub "
+            f"({reason}). Check the spelling, the network, and `hf auth login` for private and gated models."
+        ) from error
 
 
 def _refuse_pruned(config: PreTrainedConfig, name: str) -> None:
