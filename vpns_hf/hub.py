@@ -54,7 +54,7 @@ PUBLISHED_FILES = (
     "figures/*.png",
 )
 TAGS = ("vpns_hf", "pruning", "sparsity", "visual-prompting", "image-classification")
-# What lies between these lines of a card is written anew; what people wrote around them stays.
+# What lies between these lines of a card is rewritten; what people wrote around them stays.
 BEGIN, END = "<!-- vpns_hf: begin -->", "<!-- vpns_hf: end -->"
 
 

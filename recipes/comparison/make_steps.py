@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter, ScalarFormatter
 
 from vpns_hf.experiments.results import CellResult, read_results
-from vpns_hf.experiments.tables import standard_deviation
+from vpns_hf.experiments.tables import mean_and_spread, standard_deviation
 from vpns_hf.report.style import save_figure
 from vpns_hf.report.tables import MISSING, markdown_table
 
@@ -46,17 +46,11 @@ def accuracies(results: Sequence[CellResult], method: str) -> list[float]:
     return [result.accuracy for result in results if result.method == method]
 
 
-def in_words(values: Sequence[float]) -> str:
-    """Return mean and standard deviation in points, or a dash where nothing was measured."""
-    if not values:
-        return MISSING
-    spread = standard_deviation(values)
-    return f"{100 * statistics.fmean(values):.2f} " + (f"± {100 * spread:.2f}" if spread is not None else "(n=1)")
-
-
 def table(budgets: dict[int, list[CellResult]]) -> str:
     """Return mean and standard deviation by method and steps."""
-    rows = [(method, *(in_words(accuracies(results, method)) for results in budgets.values())) for method in METHODS]
+    found = {method: [accuracies(results, method) for results in budgets.values()] for method in METHODS}
+    seeds = max(len(values) for each in found.values() for values in each)
+    rows = [(name, *(mean_and_spread(values, seeds) or MISSING for values in each)) for name, each in found.items()]
     return markdown_table(("test accuracy (%)", *(f"{steps} steps" for steps in budgets)), rows)
 
 

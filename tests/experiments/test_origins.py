@@ -1,4 +1,4 @@
-"""What data sets and backbones say of themselves, and which of it the card of a run repeats."""
+"""Names, licences and sources that data sets and backbones state, on the card of a run."""
 
 import pytest
 

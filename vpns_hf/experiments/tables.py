@@ -115,12 +115,16 @@ class _Block:
 
 def _of_seeds(measured: Callable[[CellResult], float | None]) -> Callable[[_Row], str | None]:
     def text(row: _Row) -> str | None:
-        return _mean_and_spread([value for run in row.runs if (value := measured(run)) is not None], row.seeds)
+        return mean_and_spread([value for run in row.runs if (value := measured(run)) is not None], row.seeds)
 
     return text
 
 
-def _mean_and_spread(accuracies: Sequence[float], seeds: int) -> str | None:
+def mean_and_spread(accuracies: Sequence[float], seeds: int) -> str | None:
+    """Return mean and sample standard deviation in points, and the count where it is not that of the seeds.
+
+    None where nothing was measured.
+    """
     if not accuracies:
         return None
     spread = standard_deviation(accuracies)
@@ -312,7 +316,7 @@ def _transfer_lines(row: str, blocks: Sequence[Mapping[str, list[CellResult]]]) 
         if name != row and not any(accuracies):
             continue
         seeds = max(len(runs) for block in blocks for runs in block.values())
-        texts = [_mean_and_spread(values, seeds) or MISSING for values in accuracies]
+        texts = [mean_and_spread(values, seeds) or MISSING for values in accuracies]
         is_whole = name != DENSE and all(accuracies) and all(dense)
         gaps = [
             statistics.fmean(ours) - statistics.fmean(theirs)

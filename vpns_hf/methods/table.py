@@ -169,7 +169,7 @@ METHODS: dict[str, Method] = {
         ),
     ),
     "imp_lr_rewinding": Method(
-        "Iterative magnitude pruning that goes on with the trained weights and restarts the learning rate (arXiv "
+        "Iterative magnitude pruning that continues from the trained weights and restarts the learning rate (arXiv "
         "2003.02389).",
         (
             WARM_UP,

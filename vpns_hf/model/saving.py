@@ -21,6 +21,7 @@ from ..values import FLAG, PATH, Check, checked, count, either, optional, requir
 from . import packed_shards
 from .labels import share_labels
 from .loading import in_one_sentence, load_image_processor, no_larger_than, warn_of_other_images
+from .sparse_model import SEARCH_ROLES
 
 if TYPE_CHECKING:
     from .modeling import PromptedSparseModel
@@ -160,7 +161,7 @@ def _load(
     model._mask_gradients()
     if model.config.state == "search":
         # As attaching scores leaves it.
-        model.train_only("scores", "prompt", "head")
+        model.train_only(*SEARCH_ROLES)
     model.image_processor = load_image_processor(name, kwargs)
     if model.image_processor is not None:
         warn_of_other_images(name, model.image_processor, model.config)

@@ -25,6 +25,8 @@ from .tensor_shapes import build_backbone
 
 logger = logging.getLogger(__name__)
 ROLES = ("scores", "prompt", "head", "weights")
+# Trained while masks are learned, outside a trainer.
+SEARCH_ROLES = ("scores", "prompt", "head")
 _ROLE = one_of(ROLES)
 
 
@@ -213,7 +215,7 @@ class SparseModel(PreTrainedModel):
         self.gather_shards()
         masking.attach_scores(self.prunables(), signed, self.pattern)
         self.config.state, self.config.signed_scores = "search", signed
-        self.train_only("scores", "prompt", "head")
+        self.train_only(*SEARCH_ROLES)
         self.update_masks()
         self._warn_of_collapse()
 
